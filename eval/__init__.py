@@ -1,0 +1,1 @@
+"""Evaluation: protocols, deterministic generation, measures with their errors, reports."""
