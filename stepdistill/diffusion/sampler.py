@@ -1,0 +1,123 @@
+"""The few-step sampler. Rollouts in training, previews, evaluation and the exported scheduler are this one generator of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.prediction import Prediction, from_x0
+from stepdistill.diffusion.process import NoiseProcess, like
+from stepdistill.diffusion.solver import dpmpp_2m, heun, jump
+
+
+class Net(Protocol):
+    """What the sampler needs of a denoiser."""
+
+    @property
+    def process(self) -> NoiseProcess: ...
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any, *, w: float | None = None) -> Prediction: ...
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """How a model must be run.
+
+    `times` descend from the start; the sample is the x0 of the last one. `renoise` (eta, gamma): 1 re-noises x0 with fresh noise, as
+    students trained for the endpoint need; 0 follows the ODE with `solver`; between, the step falls to (1 - renoise)·next and is
+    noised up again (trajectory S6). `clip_x0` clamps x0 after each call. `guidance` is w in null + w·(cond - null); 1 is none.
+    """
+
+    times: tuple[float, ...]
+    renoise: float = 1.0
+    solver: Literal["ddim", "heun", "dpmpp_2m"] = "ddim"
+    clip_x0: float | None = None
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.times or not all(0 < b < a <= 1 for a, b in zip(self.times, (*self.times[1:], 0.5 * self.times[-1]), strict=True)):
+            raise ValueError(f"sampler times must fall strictly within (0, 1], got {self.times}")
+        if not 0 <= self.renoise <= 1:
+            raise ValueError(f"renoise must lie in [0, 1], got {self.renoise}")
+        if self.renoise > 0 and self.solver != "ddim":
+            raise ValueError(f"solver {self.solver!r} follows the ODE: it needs renoise 0, got {self.renoise}")
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample, both halves of guidance counted."""
+        calls = 2 * len(self.times) - 1 if self.solver == "heun" else len(self.times)
+        return calls * (1 if self.guidance == 1 else 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `SamplerSpec.from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SamplerSpec:
+        """Strict: an unknown key raises TypeError."""
+        return cls(**{**values, "times": tuple(values["times"])})
+
+    def guided(self, w: float) -> SamplerSpec:
+        """The same sampler at another guidance."""
+        return replace(self, guidance=w)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One network call of a trajectory: `x0` is its (clipped) endpoint, `x_next` the state handed on (None after the last)."""
+
+    index: int
+    t: Tensor
+    pred: Prediction
+    x0: Tensor
+    x_next: Tensor | None
+
+
+def start(process: NoiseProcess, spec: SamplerSpec, z: Tensor) -> Tensor:
+    """Pure noise z (B, ...) scaled to the first time: never `add_noise` of something."""
+    return like(process.prior_std(torch.tensor(spec.times[0])), z) * z
+
+
+def steps(net: Net, x: Tensor, spec: SamplerSpec, cond: Any, draws: Draws, *, grad: Callable[[int], bool] | None = None,
+          noise: Callable[[int], Tensor] | None = None) -> Iterator[Step]:
+    """Walk the trajectory from state x at spec.times[0]. Lazy: stop iterating and no further call is made.
+
+    `grad(i)` says which calls keep their gradient (none by default; the state handed on is then detached). `noise(i)` overrides the
+    fresh noise of re-noising after call i, which is otherwise draws.each("renoise/i").
+    """
+    process, before = net.process, None
+    fresh = noise or (lambda i: draws.each(f"renoise/{i}").normal_like(x))
+    for i, (now, later) in enumerate(zip(spec.times, (*spec.times[1:], None), strict=True)):
+        t = torch.tensor(now, dtype=torch.float64, device=x.device).expand(len(x))
+        with torch.set_grad_enabled(bool(grad and grad(i))):
+            pred = net(x, t, cond, w=spec.guidance)
+            if spec.clip_x0 is not None:
+                pred = from_x0(pred.x0.clamp(-spec.clip_x0, spec.clip_x0), pred.x_t, pred.alpha, pred.sigma)
+            x_next = None
+            if later is not None:
+                r = torch.tensor(later, dtype=torch.float64, device=x.device)
+                if spec.renoise == 1:
+                    x_next = process.add_noise(pred.x0, fresh(i), r)
+                elif spec.renoise > 0:
+                    low = r * (1 - spec.renoise)
+                    x_next = process.travel(jump(pred, process, low), fresh(i), low, r)
+                elif spec.solver == "heun":
+                    x_next = heun(lambda x_r, at: net(x_r, at.expand(len(x_r)), cond, w=spec.guidance), pred, process, r)
+                else:
+                    x_next = dpmpp_2m(pred, before if spec.solver == "dpmpp_2m" else None, process, r)
+        yield Step(i, t, pred, pred.x0, x_next)
+        x, before = x_next, pred
+
+
+@torch.no_grad()
+def sample(net: Net, spec: SamplerSpec, cond: Any, draws: Draws, shape: tuple[int, ...]) -> Tensor:
+    """x0 (B, *shape) for the samples of `draws`: sample i depends on (seed, i) and its condition alone."""
+    x = start(net.process, spec, draws.each("start").normal(*shape))
+    for step in steps(net, x, spec, cond, draws):
+        x0 = step.x0
+    return x0

@@ -1,0 +1,52 @@
+"""One step of the probability-flow ODE between any two times, for any process and any prediction (trajectory S2, S3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.prediction import Prediction
+from stepdistill.diffusion.process import NoiseProcess, like
+
+Predict = Callable[[Tensor, Tensor], Prediction]                         # (x_t, t) -> prediction, condition and guidance bound
+
+
+def jump(pred: Prediction, process: NoiseProcess, r: Tensor) -> Tensor:
+    """DDIM: alpha_r·x0 + sigma_r·eps. Equals Euler for flow matching and for EDM; J(x, t->t) = x whatever the network says.
+
+    Song et al. 2021 (DDIM), eq. 12 with eta = 0.
+    """
+    return like(process.alpha(r), pred.x_t) * pred.x0 + like(process.sigma(r), pred.x_t) * pred.eps
+
+
+def heun(predict: Predict, pred: Prediction, process: NoiseProcess, r: Tensor) -> Tensor:
+    """Second-order step from pred.x_t to time r in the frame y = x/alpha, dy/d kappa = eps, kappa = sigma/alpha (EDM, algorithm 1).
+
+    One more network call, except where sigma_r is 0: there the Euler step already lands on x0 and the correction is left out. Where
+    alpha is 0 (zero terminal SNR) kappa is infinite and the step is first order.
+    """
+    euler = jump(pred, process, r)
+    alpha_r, sigma_r = process.alpha(r), process.sigma(r)
+    if bool((sigma_r == 0).all()) or bool((pred.alpha < 1e-8).any()):
+        return euler
+    mean = (pred.eps + predict(euler, r).eps) / 2
+    rise = alpha_r * (sigma_r / alpha_r - pred.sigma / pred.alpha)
+    return like(alpha_r / pred.alpha, pred.x_t) * pred.x_t + like(rise, pred.x_t) * mean
+
+
+def dpmpp_2m(pred: Prediction, before: Prediction | None, process: NoiseProcess, r: Tensor) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order at one call a step, from the last two x0 along one chain.
+
+    `before` is the prediction of the previous step (None on the first, which is then DDIM). lam = ln(alpha/sigma).
+    """
+    alpha_r, sigma_r = process.alpha(r), process.sigma(r)
+    if before is None or bool((sigma_r == 0).all()):
+        return jump(pred, process, r)
+    lam = lambda alpha, sigma: (alpha / sigma).log()                     # noqa: E731
+    lam_t = lam(pred.alpha, pred.sigma)
+    h, h_before = lam(alpha_r, sigma_r) - lam_t, lam_t - lam(before.alpha, before.sigma)
+    slope = like(h / (2 * h_before), pred.x_t)
+    x0 = (1 + slope) * pred.x0 - slope * before.x0
+    return like(sigma_r / pred.sigma, pred.x_t) * pred.x_t - like(alpha_r * torch.expm1(-h), pred.x_t) * x0

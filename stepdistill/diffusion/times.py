@@ -1,0 +1,75 @@
+"""Distributions of t and grids of times. t is in [0, 1], 1 noisiest; training index n of an N-step table sits at t = (n+1)/N."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.draws import Noise
+
+
+def shift(u: Tensor, m: float) -> Tensor:
+    """m·u/(1 + (m-1)·u): more noise for m > 1 (SD3, sec. 5.3.2)."""
+    return m * u / (1 + (m - 1) * u)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """t uniform on [low, high], then shifted. The bounds are in the unshifted variable."""
+
+    low: float = 0.0
+    high: float = 1.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high <= 1 or self.shift <= 0:
+            raise ValueError(f"times need 0 <= low <= high <= 1 and shift > 0, got {self.low}, {self.high}, {self.shift}")
+
+    def sample(self, noise: Noise) -> Tensor:
+        """(B,) float64, or a scalar for shared draws."""
+        return shift(noise.uniform(self.low, self.high), self.shift)
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """t = sigmoid(mean + std·z) (SD3, sec. 3.1)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def sample(self, noise: Noise) -> Tensor:
+        """(B,) float64, or a scalar for shared draws."""
+        return torch.sigmoid(self.mean + self.std * noise.normal(dtype=torch.float64))
+
+
+def trailing(count: int, shift_by: float = 1.0) -> tuple[float, ...]:
+    """1, 1 - 1/n, ..., 1/n, shifted: diffusers' "trailing" grid. Four steps of a 1000-step table are indices 999, 749, 499, 249."""
+    if count < 1:
+        raise ValueError(f"a grid needs at least one step, got {count}")
+    return tuple(float(shift(torch.tensor(1 - i / count, dtype=torch.float64), shift_by)) for i in range(count))
+
+
+def index_grid(indices: tuple[int, ...], table: int) -> tuple[float, ...]:
+    """Table indices (999, 749, ...) as times."""
+    if any(not 0 <= n < table for n in indices):
+        raise ValueError(f"table indices must lie in 0..{table - 1}, got {indices}")
+    return tuple((n + 1) / table for n in indices)
+
+
+def to_index(t: float, table: int) -> int:
+    """The table index at time t; raises where t is not a training step (a stock discrete scheduler cannot be told such a time)."""
+    n = t * table - 1
+    if abs(n - round(n)) > 1e-6 or round(n) < 0:
+        raise ValueError(f"time {t} is not a step of a {table}-step table; the nearest is {max(1, math.ceil(t * table)) / table}")
+    return round(n)
+
+
+def lcm_grid(count: int, original: int = 50, table: int = 1000) -> tuple[float, ...]:
+    """LCMScheduler's times: every (original/count)-th of the training points j·table/original - 1, from the top (LCM, Luo et al. 2023)."""
+    if not 1 <= count <= original:
+        raise ValueError(f"the LCM grid has 1 to {original} steps, got {count}")
+    points = [j * (table // original) - 1 for j in range(1, original + 1)][::-1]
+    return index_grid(tuple(points[math.floor(i * original / count)] for i in range(count)), table)
