@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from stepdistill.diffusion.draws import Draws, key
 from stepdistill.diffusion.process import TableVP
+from stepdistill.models.load import NOTES
 from stepdistill.worlds.fashion import data
 
 NETWORK = dict(
@@ -126,6 +127,10 @@ def main(
             save(out, update + 1, net, ema, optimizer)
     ema.half().save_pretrained(out / "teacher", variant="fp16")
     DDPMScheduler(**SCHEDULER).save_pretrained(out / "teacher")
+    (out / "teacher" / NOTES).write_text(json.dumps({
+        "codec": {"space_to_depth": 2}, "classes": len(data.CLASSES), "null_class": data.NULL, "labels": data.CLASSES,
+        "licence": "Apache-2.0; trained on Fashion-MNIST (MIT)",
+        "command": f"python scripts/train_teacher.py --out runs/teacher --updates {updates} --seed {seed}"}, indent=1))
     print(f"teacher written to {out / 'teacher'}")
 
 

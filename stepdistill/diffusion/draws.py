@@ -66,4 +66,4 @@ class Draws:
 
     def shared(self, tag: str) -> Noise:
         """One draw for the whole batch, equal on every process."""
-        return Noise((key(self.seed, self.step, self.update, tag),), False, self.device)
+        return Noise((key(self.seed, self.step, self.update, tag, "shared"),), False, self.device)     # no sample of `each` ends so

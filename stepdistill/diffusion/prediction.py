@@ -15,12 +15,11 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _edm(sigma_data: float) -> Callable[[Tensor, Tensor], Pair]:
-    """EDM's raw output F = (x0 - c_skip·y)/c_out at y = x_t/alpha (Karras et al. 2022, table 1)."""
+    """EDM's raw output F = (x0 - c_skip·y)/c_out at y = x_t/alpha (Karras et al. 2022, table 1), finite also where alpha is 0."""
 
     def pair(alpha: Tensor, sigma: Tensor) -> Pair:
-        kappa = sigma / alpha
-        root = (kappa.square() + sigma_data**2).sqrt()
-        return kappa / (sigma_data * root), -sigma_data / root
+        root = (sigma.square() + (sigma_data * alpha).square()).sqrt()
+        return sigma / (sigma_data * root), -sigma_data * alpha / root
 
     return pair
 
@@ -86,6 +85,11 @@ class Prediction:
     def score(self) -> Tensor:
         """grad log p_t(x_t) = -eps/sigma."""
         return -self.eps / like(self.sigma, self.x_t)
+
+    def rows(self, rows: slice) -> Prediction:
+        """The prediction (and features) of some samples of the batch."""
+        alpha, sigma = (c[rows] if c.ndim else c for c in (self.alpha, self.sigma))
+        return Prediction(self.raw[rows], self.kind, self.x_t[rows], alpha, sigma, tuple(f[rows] for f in self.features))
 
     def to(self, kind: str) -> Tensor:
         """The same prediction in another space of COEFFICIENTS."""

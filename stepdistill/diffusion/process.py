@@ -111,10 +111,11 @@ class LinearVP(NoiseProcess):
         return -0.5 * beta * alpha, 0.5 * beta * alpha.square() / sigma
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        # softplus(-log_snr) = -2 ln alpha = t²·(b - a)/2 + t·a; the root is written so that it keeps its digits near t = 0.
-        target = torch.nn.functional.softplus(-_f64(log_snr))
+        # softplus(-log_snr) = -2 ln alpha = t²·(b - a)/2 + t·a; the root is written so that it keeps its digits near t = 0, and the
+        # target stops at its value for t = 1 so that -inf (pure noise on another process) is 1 and not inf/inf.
         spread = self.beta_max - self.beta_min
-        return (2 * target / (self.beta_min + (self.beta_min**2 + 2 * spread * target).sqrt())).clamp(0, 1)
+        target = torch.nn.functional.softplus(-_f64(log_snr)).clamp_max(spread / 2 + self.beta_min)
+        return (2 * target / (self.beta_min + (self.beta_min**2 + 2 * spread * target).sqrt())).clamp_max(1)
 
     def prior_std(self, t: Tensor) -> Tensor:
         return torch.ones_like(_f64(t))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction, from_x0
 from stepdistill.diffusion.process import NoiseProcess, like
 from stepdistill.diffusion.solver import dpmpp_2m, heun, jump
+
+Solver = Literal["ddim", "heun", "dpmpp_2m"]
 
 
 class Net(Protocol):
@@ -35,7 +37,7 @@ class SamplerSpec:
 
     times: tuple[float, ...]
     renoise: float = 1.0
-    solver: Literal["ddim", "heun", "dpmpp_2m"] = "ddim"
+    solver: Solver = "ddim"
     clip_x0: float | None = None
     guidance: float = 1.0
 
@@ -44,8 +46,12 @@ class SamplerSpec:
             raise ValueError(f"sampler times must fall strictly within (0, 1], got {self.times}")
         if not 0 <= self.renoise <= 1:
             raise ValueError(f"renoise must lie in [0, 1], got {self.renoise}")
+        if self.solver not in get_args(Solver):
+            raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, got {self.solver!r}")
         if self.renoise > 0 and self.solver != "ddim":
             raise ValueError(f"solver {self.solver!r} follows the ODE: it needs renoise 0, got {self.renoise}")
+        if self.clip_x0 is not None and not self.clip_x0 > 0:
+            raise ValueError(f"clip_x0 is the largest absolute value of x0 and must be positive, got {self.clip_x0}")
 
     @property
     def nfe(self) -> int:
@@ -80,7 +86,7 @@ class Step:
 
 def start(process: NoiseProcess, spec: SamplerSpec, z: Tensor) -> Tensor:
     """Pure noise z (B, ...) scaled to the first time: never `add_noise` of something."""
-    return like(process.prior_std(torch.tensor(spec.times[0])), z) * z
+    return like(process.prior_std(torch.tensor(spec.times[0], dtype=torch.float64)), z) * z
 
 
 def steps(net: Net, x: Tensor, spec: SamplerSpec, cond: Any, draws: Draws, *, grad: Callable[[int], bool] | None = None,
@@ -111,7 +117,8 @@ def steps(net: Net, x: Tensor, spec: SamplerSpec, cond: Any, draws: Draws, *, gr
                 else:
                     x_next = dpmpp_2m(pred, before if spec.solver == "dpmpp_2m" else None, process, r)
         yield Step(i, t, pred, pred.x0, x_next)
-        x, before = x_next, pred
+        if x_next is not None:
+            x, before = x_next, pred
 
 
 @torch.no_grad()

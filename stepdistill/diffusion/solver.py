@@ -25,15 +25,17 @@ def heun(predict: Predict, pred: Prediction, process: NoiseProcess, r: Tensor) -
     """Second-order step from pred.x_t to time r in the frame y = x/alpha, dy/d kappa = eps, kappa = sigma/alpha (EDM, algorithm 1).
 
     One more network call, except where sigma_r is 0: there the Euler step already lands on x0 and the correction is left out. Where
-    alpha is 0 (zero terminal SNR) kappa is infinite and the step is first order.
+    alpha is 0 (zero terminal SNR) kappa is infinite and the step is first order. Both are decided sample by sample.
     """
     euler = jump(pred, process, r)
     alpha_r, sigma_r = process.alpha(r), process.sigma(r)
-    if bool((sigma_r == 0).all()) or bool((pred.alpha < 1e-8).any()):
+    first_order = (sigma_r == 0) | (pred.alpha < 1e-8)
+    if bool(first_order.all()):
         return euler
     mean = (pred.eps + predict(euler, r).eps) / 2
     rise = alpha_r * (sigma_r / alpha_r - pred.sigma / pred.alpha)
-    return like(alpha_r / pred.alpha, pred.x_t) * pred.x_t + like(rise, pred.x_t) * mean
+    second = like(alpha_r / pred.alpha, pred.x_t) * pred.x_t + like(rise, pred.x_t) * mean
+    return torch.where(like(first_order, euler).bool(), euler, second)
 
 
 def dpmpp_2m(pred: Prediction, before: Prediction | None, process: NoiseProcess, r: Tensor) -> Tensor:

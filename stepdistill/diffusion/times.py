@@ -62,8 +62,8 @@ def index_grid(indices: tuple[int, ...], table: int) -> tuple[float, ...]:
 def to_index(t: float, table: int) -> int:
     """The table index at time t; raises where t is not a training step (a stock discrete scheduler cannot be told such a time)."""
     n = t * table - 1
-    if abs(n - round(n)) > 1e-6 or round(n) < 0:
-        raise ValueError(f"time {t} is not a step of a {table}-step table; the nearest is {max(1, math.ceil(t * table)) / table}")
+    if abs(n - round(n)) > 1e-6 or not 0 <= round(n) < table:
+        raise ValueError(f"time {t} is not a step of a {table}-step table; the nearest is {min(max(1, round(t * table)), table) / table}")
     return round(n)
 
 

@@ -1,0 +1,155 @@
+"""What a method is: the models it needs, the data it reads, who moves when, and the loss each move descends.
+
+The loop knows this contract and no method by name; a method knows its losses and no optimizer, precision, checkpoint or process count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.process import NoiseProcess
+from stepdistill.diffusion.sampler import SamplerSpec
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.roles import Role, Roles
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """A stream of conditions only (prompts, labels): all that data-free methods need."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A stream of clean states x0 with their conditions."""
+
+
+Stream = Conditions | Images
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One stream's part of a batch. x0 is (B, ...) in the network's space, None for a stream of conditions."""
+
+    cond: Conditioning
+    x0: Tensor | None = None
+
+    @property
+    def clean(self) -> Tensor:
+        """x0, of a stream declared as Images."""
+        if self.x0 is None:
+            raise ValueError("this stream carries conditions only; declare it as Images() to read x0")
+        return self.x0
+
+
+@dataclass
+class Batch(Mapping[str, Sample]):
+    """Samples keyed by stream. `scratch` is handed on to an update that reuses this batch (a detached rollout, say)."""
+
+    streams: Mapping[str, Sample]
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Sample:
+        return self.streams[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.streams)
+
+    def __len__(self) -> int:
+        return len(self.streams)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimiser step: calls `<loss>_loss`, moves the roles in `trains`. `reuse` takes the batch of the update before it."""
+
+    loss: str
+    trains: tuple[str, ...]
+    reuse: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training. On entering it `Method.enter` is called and the optimizers of `resets` start afresh."""
+
+    name: str
+    steps: int
+    resets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar to descend (a mean over the samples of this batch) and what to log of it."""
+
+    value: Tensor
+    log: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method is told of the run: the teacher's process, one state's shape (C, H, W), and the student's number of steps."""
+
+    process: NoiseProcess
+    shape: tuple[int, ...]
+    student_steps: int = 1
+    student_times: tuple[float, ...] | None = None
+
+
+C = TypeVar("C")
+
+
+class Method(Generic[C]):
+    """A distillation algorithm. Subclasses live in one file each, beside the dataclass that is their part of the recipe."""
+
+    title: ClassVar[str]
+    arxiv: ClassVar[str]
+    family: ClassVar[str]
+    Config: ClassVar[type]
+
+    def __init__(self, cfg: C, setup: Setup):
+        self.cfg, self.setup, self.process = cfg, setup, setup.process
+
+    @classmethod
+    def needs(cls, cfg: C) -> Mapping[str, Role]:
+        """The models of this configuration: GAN weight 0 needs no discriminator."""
+        raise NotImplementedError(f"{cls.__name__} must declare its roles")
+
+    @classmethod
+    def data(cls, cfg: C) -> Mapping[str, Stream]:
+        """The streams of this configuration."""
+        return {"main": Conditions()}
+
+    def stages(self, steps: int) -> Sequence[Stage]:
+        """How `steps` iterations are divided; one stage unless the method says otherwise."""
+        return (Stage("main", steps),)
+
+    def enter(self, stage: Stage, m: Roles) -> None:
+        """Called once before the first step of a stage."""
+
+    def plan(self, step: int) -> Sequence[Update]:
+        """Who moves at this step, in order."""
+        return (Update("student", ("student",)),)
+
+    def loss(self, update: Update, m: Roles, batch: Batch, draws: Draws) -> Loss:
+        """Dispatch to `<update.loss>_loss`."""
+        return getattr(self, f"{update.loss}_loss")(m, batch, draws)
+
+    def after_update(self, m: Roles, update: Update, count: int) -> None:
+        """Targets and curricula, after `count` optimiser steps of this update's first role."""
+
+    def state(self) -> dict[str, Any]:
+        """Running quantities as plain JSON values, saved in checkpoints."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint holds {sorted(state)}")
+
+    def sampler(self) -> SamplerSpec:
+        """How the student must be run; training rollouts use it too."""
+        raise NotImplementedError(f"{type(self).__name__} must say how its student is sampled")

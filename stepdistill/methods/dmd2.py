@@ -1,0 +1,124 @@
+"""Improved Distribution Matching Distillation (DMD2). Yin et al., 2024. https://arxiv.org/abs/2405.14867
+
+    every k steps   student  <- (fake(x_s) - teacher(x_s)) / mean|x0 - teacher(x_s)|  +  fool disc          eq. 2, 3, sec. 4.2-4.3
+    every step      fake     <- denoise stop(x0);  disc <- real against stop(x0)
+    where           x0 = call n of the student's own sampler from noise, n drawn once for all samples,       sec. 4.4-4.5
+                    x_s = alpha_s·x0 + sigma_s·eps
+
+One step is n = 1 of 1. Without the GAN term nothing but conditions is read.
+
+Differs from the authors' code: s is continuous; the student's GAN term is read at the x_s of its matching term, so one pass of the
+fake score serves both; the critic sees [x_s of the student; real x_r] in one pass that denoises the first half and judges both;
+conversions are float32 rather than float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.sampler import SamplerSpec, start, steps
+from stepdistill.diffusion.times import Uniform, trailing
+from stepdistill.losses.adversarial import discriminator_loss, generator_loss
+from stepdistill.losses.denoising import denoising_loss
+from stepdistill.losses.matching import matching_loss
+from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Stream, Update
+from stepdistill.models.roles import Role, Roles
+
+
+@dataclass(frozen=True)
+class DMD2Config:
+    """Defaults are the paper's for Stable Diffusion 1.5."""
+
+    fake_updates: int = 10                          # fake-score updates per student update
+    gan_weight: float = 1e-3                        # of the student's GAN term; 0 builds no discriminator and reads no pictures
+    disc_weight: float = 1e-2                       # of the discriminator's loss beside the fake score's
+    features: Literal["fake", "teacher"] = "fake"   # whose features the discriminator reads; "fake" also trains its encoder
+    times: Uniform = Uniform(0.02, 0.98)            # s of the student's update
+    fake_times: Uniform = Uniform(0.001, 1.0)       # s of the critic's update: must hold the range above
+
+    def __post_init__(self) -> None:
+        if self.fake_updates < 1:
+            raise ValueError(f"method.fake_updates must be at least 1, got {self.fake_updates}")
+        if self.gan_weight < 0 or self.disc_weight < 0:
+            raise ValueError("method.gan_weight and method.disc_weight cannot be negative")
+        if self.fake_times.low > self.times.low or self.fake_times.high < self.times.high:
+            raise ValueError("method.fake_times must hold the range of method.times: the fake score is asked there")
+
+
+class DMD2(Method[DMD2Config]):
+    title, arxiv, family = "Improved Distribution Matching Distillation", "2405.14867", "distribution matching"
+    Config = DMD2Config
+
+    @classmethod
+    def needs(cls, cfg: DMD2Config) -> Mapping[str, Role]:
+        disc = {"disc": Role(source="head", of=cfg.features, trains=True)} if cfg.gan_weight else {}
+        return {"teacher": Role(), "student": Role(trains=True), "fake": Role(trains=True), **disc}
+
+    @classmethod
+    def data(cls, cfg: DMD2Config) -> Mapping[str, Stream]:
+        return {"main": Conditions(), "real": Images()} if cfg.gan_weight else {"main": Conditions()}
+
+    def plan(self, step: int) -> Sequence[Update]:
+        trains = ("fake", "disc") if self.cfg.gan_weight else ("fake",)
+        if step % self.cfg.fake_updates:
+            return (Update("critic", trains),)
+        return Update("student", ("student",)), Update("critic", trains, reuse=True)
+
+    def sampler(self) -> SamplerSpec:
+        return SamplerSpec(self.setup.student_times or trailing(self.setup.student_steps))
+
+    def rollout(self, m: Roles, batch: Batch, draws: Draws, grad: bool) -> Tensor:
+        """x0 of the call that is trained now, reached through the student's own earlier calls (backward simulation)."""
+        spec = self.sampler()
+        last = int(draws.shared("call").integers(len(spec.times)))
+        x = start(self.process, spec, draws.each("start").normal(*self.setup.shape))
+        walk = steps(m.student, x, spec, batch["main"].cond, draws, grad=lambda i: grad and i == last)
+        return next(step.x0 for step in walk if step.index == last)
+
+    def student_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
+        cond, cfg = batch["main"].cond, self.cfg
+        x0 = self.rollout(m, batch, draws, grad=True)
+        batch.scratch["x0"] = x0.detach()
+        s = cfg.times.sample(draws.each("s"))
+        x_s = self.process.add_noise(x0, draws.each("eps").normal_like(x0), s)
+        judge = cfg.features if cfg.gan_weight else None
+        with torch.set_grad_enabled(judge == "teacher"):
+            real = m.teacher(x_s, s, cond, tap=judge == "teacher")
+        with torch.set_grad_enabled(judge == "fake"):
+            fake = m.fake(x_s, s, cond, tap=judge == "fake")
+        pull = matching_loss(x0, toward=real.x0.detach(), away_from=fake.x0.detach())
+        log = {"pull": pull, "score_gap": (fake.x0 - real.x0).detach().square().mean().sqrt(), "x0_std": x0.detach().std()}
+        if judge is None:
+            return Loss(pull, log)
+        fool = generator_loss(m.disc((real if judge == "teacher" else fake).features))
+        return Loss(pull + cfg.gan_weight * fool, {**log, "fool": fool})
+
+    def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
+        cond, cfg = batch["main"].cond, self.cfg
+        x0 = batch.scratch["x0"] if "x0" in batch.scratch else self.rollout(m, batch, draws, grad=False)
+        s, eps = cfg.fake_times.sample(draws.each("fake/s")), draws.each("fake/eps").normal_like(x0)
+        x_s = self.process.add_noise(x0, eps, s)
+        if not cfg.gan_weight:
+            denoise = denoising_loss(m.fake(x_s, s, cond), x0, eps).mean()
+            return Loss(denoise, {"denoise": denoise})
+        real, r = batch["real"], cfg.fake_times.sample(draws.each("real/s"))
+        x_r = self.process.add_noise(real.clean, draws.each("real/eps").normal_like(real.clean), r)
+        both = torch.cat([x_s, x_r]), torch.cat([s, r]), cond.cat(real.cond)
+        if cfg.features == "fake":
+            judged = m.fake(*both, tap=True)
+            pred = judged.rows(slice(len(x0)))
+        else:
+            pred = m.fake(x_s, s, cond)
+            with torch.no_grad():
+                judged = m.teacher.plain(*both, tap=True)
+        denoise = denoising_loss(pred, x0, eps).mean()
+        on_fake, on_real = m.disc(judged.features).chunk(2)
+        judge = discriminator_loss(on_real, on_fake)
+        right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
+        return Loss(denoise + cfg.disc_weight * judge, {"denoise": denoise, "judge": judge, "disc_accuracy": right})

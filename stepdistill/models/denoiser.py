@@ -1,0 +1,148 @@
+"""Denoiser: (x_t, t, cond) -> Prediction over any diffusers network. The one seam between networks and methods."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.diffusion.prediction import Prediction
+from stepdistill.diffusion.process import NoiseProcess, TableVP, at_least_float32
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.guidance import guide
+
+
+def _index(process: NoiseProcess, t: Tensor) -> Tensor:
+    if not isinstance(process, TableVP):
+        raise ValueError(f"the clock 'index' counts the steps of a DDPM table, and {type(process).__name__} has none")
+    return (t * process.steps - 1).clamp_min(0)
+
+
+CLOCKS: dict[str, Callable[[NoiseProcess, Tensor], Tensor]] = {          # our t (B,) to the number the network embeds
+    "index": _index,
+    "t": lambda process, t: t,
+    "sigma": lambda process, t: process.sigma(t),
+    "1000sigma": lambda process, t: 1000 * process.sigma(t),
+    "log_sigma/4": lambda process, t: (process.sigma(t) / process.alpha(t)).log() / 4,
+    "angle": lambda process, t: torch.atan2(process.sigma(t), process.alpha(t)),
+}
+
+
+@dataclass
+class Denoiser:
+    """A network with the process it was trained for.
+
+    Called with x_t (B, ...), t (B,) or scalar in [0, 1] and a Conditioning, it returns a Prediction in float32 (float64 for a float64
+    network). `guidance` is the default w; `plain` is the same network unguided. `autocast` is the precision of the forward pass only.
+    `taps` name the submodules whose outputs `tap=True` returns as features. `channels` keeps the first channels of an output with a
+    learned variance. `wrapped` is the distributed wrapper, used only for the call that carries the trained role's gradient.
+    """
+
+    network: nn.Module
+    process: NoiseProcess
+    kind: str
+    clock: str = "index"
+    guidance: float = 1.0
+    autocast: torch.dtype | None = None
+    taps: tuple[str, ...] = ()
+    channels: int | None = None
+    wrapped: nn.Module | None = None
+
+    @property
+    def plain(self) -> Denoiser:
+        """The same network with guidance 1."""
+        return replace(self, guidance=1.0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored in."""
+        return next(self.network.parameters()).dtype
+
+    def copy(self) -> Denoiser:
+        """A deep copy of the weights, unguided, without the distributed wrapper."""
+        return replace(self, network=copy.deepcopy(self.network), guidance=1.0, wrapped=None)
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The network's own output, differentiable in x_t and t."""
+        module = self.network if self.wrapped is None or not torch.is_grad_enabled() else self.wrapped
+        clock = CLOCKS[self.clock](self.process, t).to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        with torch.autocast(x_t.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            out = module(x_t.to(self.dtype), clock, return_dict=False, **cond)[0]
+        return at_least_float32(out if self.channels is None else out[:, : self.channels])
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning, *, w: float | Tensor | None = None, tap: bool = False) -> Prediction:
+        """Predict; `w` overrides the default guidance, `tap` collects features (of the conditional half when guided)."""
+        x_t = at_least_float32(x_t)
+        t = t.to(x_t.device).expand(len(x_t)) if t.ndim == 0 else t
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        w = self.guidance if w is None else w
+        if isinstance(w, float | int) and w == 1:
+            with tapped(self.network, self.taps if tap else ()) as features:
+                out = self.raw(x_t, t, cond)
+            return Prediction(out, self.kind, x_t, alpha, sigma, tuple(features))
+        n = len(x_t)
+        with tapped(self.network, self.taps if tap else ()) as features:
+            out = self.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(cond.null))
+        halves = [Prediction(o, self.kind, x_t, alpha, sigma, tuple(f[:n] for f in features)) for o in (out[:n], out[n:])]
+        return guide(halves[0], halves[1], w)
+
+
+@contextmanager
+def tapped(network: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
+    """Collect the outputs of the named submodules, in the order they ran."""
+    features: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        features.append(out[0] if isinstance(out, tuple) else out)
+
+    hooks = [network.get_submodule(name).register_forward_hook(keep) for name in names]
+    try:
+        yield features
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def default_taps(network: nn.Module) -> tuple[str, ...]:
+    """Where features are read, by structure: a U-Net's middle block, or the middle of a transformer's stack of blocks."""
+    children = dict(network.named_children())
+    if "mid_block" in children:
+        return ("mid_block",)
+    for name in ("transformer_blocks", "blocks", "layers"):
+        if isinstance(stack := children.get(name), nn.ModuleList) and len(stack):
+            return (f"{name}.{math.ceil(len(stack) / 2) - 1}",)
+    raise ValueError(f"{type(network).__name__} has neither a mid_block nor a stack of blocks: name the tapped modules in the recipe")
+
+
+def keep_output_float32(network: nn.Module) -> nn.Module:
+    """Run the last layer outside autocast: at alpha = 0.07 an eps output is multiplied by 15, and so is its rounding.
+
+    Does nothing where no last layer is recognised or its weights are stored in half precision.
+    """
+    for name in ("conv_out", "proj_out_2", "proj_out"):
+        if isinstance(last := getattr(network, name, None), nn.Conv2d | nn.Linear):
+            last.register_forward_pre_hook(_leave_autocast)
+            last.register_forward_hook(_return_to_autocast, always_call=True)
+            break
+    return network
+
+
+_OPEN: list[torch.autocast] = []                                         # the last layer holds no other, so one stack serves
+
+
+def _leave_autocast(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    weight: Tensor = module.weight                                       # type: ignore[assignment]
+    _OPEN.append(torch.autocast(weight.device.type, enabled=False))
+    _OPEN[-1].__enter__()
+    return tuple(a.to(weight.dtype) for a in args)
+
+
+def _return_to_autocast(module: nn.Module, args: Any, out: Any) -> None:
+    if _OPEN:
+        _OPEN.pop().__exit__(None, None, None)

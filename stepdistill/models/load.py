@@ -1,0 +1,204 @@
+"""A folder on disk -> Teacher: denoiser, state shape, conditioner and codec. Class-conditional and unconditional image models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stepdistill.diffusion.process import Flow, NoiseProcess, TableVP
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.denoiser import Denoiser, default_taps, keep_output_float32
+
+NOTES = "stepdistill.json"                              # what a diffusers folder cannot say: codec, null class, labels, licence
+NETWORKS: dict[str, type[nn.Module]] = {"UNet2DModel": UNet2DModel, "DiTTransformer2DModel": DiTTransformer2DModel}
+KINDS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
+
+
+class Codec(Protocol):
+    """Between pictures in [-1, 1], (B, C, H, W), and the states the network is fed."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, x0: Tensor) -> Tensor: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class SpaceToDepth:
+    """Lossless: factor x factor pixels become channels; factor 1 is plain pixels."""
+
+    factor: int = 1
+
+    def encode(self, images: Tensor) -> Tensor:
+        return functional.pixel_unshuffle(images, self.factor)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return functional.pixel_shuffle(x0, self.factor)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"space_to_depth": self.factor}
+
+
+@dataclass(frozen=True)
+class Vae:
+    """Latents of an AutoencoderKL, shifted and scaled as its config says; encoding takes the mode."""
+
+    model: AutoencoderKL
+
+    def encode(self, images: Tensor) -> Tensor:
+        latents = self.model.encode(images.to(self.model.dtype)).latent_dist.mode().float()
+        return (latents - (self.model.config.shift_factor or 0.0)) * self.model.config.scaling_factor
+
+    def decode(self, x0: Tensor) -> Tensor:
+        latents = x0 / self.model.config.scaling_factor + (self.model.config.shift_factor or 0.0)
+        return self.model.decode(latents.to(self.model.dtype)).sample.float()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"vae": True}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A diffusion model ready to be distilled, and what an export must carry over from it."""
+
+    denoiser: Denoiser
+    shape: tuple[int, int, int]                         # of one state, (C, H, W)
+    classes: int                                        # 0: unconditional
+    null_class: int | None
+    codec: Codec
+    folder: Path
+    scheduler: Mapping[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return tuple(self.notes.get("labels") or map(str, range(self.classes)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.denoiser.network.parameters()).device
+
+    def condition(self, labels: Tensor) -> Conditioning:
+        """Labels (B,) int64 to a condition; the null class travels with it where the teacher was trained with one."""
+        labels = labels.to(self.device)
+        if not self.classes:
+            return Conditioning()
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+            raise ValueError(f"labels must lie in 0..{self.classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+        null = None if self.null_class is None else {"class_labels": torch.full_like(labels, self.null_class)}
+        return Conditioning({"class_labels": labels}, null)
+
+    def example(self) -> tuple[Tensor, Tensor, Conditioning]:
+        """One (x_t, t, cond) of the right shapes."""
+        x = torch.zeros(1, *self.shape, device=self.device, dtype=self.denoiser.dtype)
+        return x, torch.full((1,), 0.5, dtype=torch.float64, device=self.device), self.condition(torch.zeros(1, dtype=torch.long))
+
+    def pictures(self, x0: Tensor) -> Tensor:
+        """States to uint8 pictures, rounded to nearest (evaluation protocol "round")."""
+        return ((self.codec.decode(x0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def process_of(scheduler: Mapping[str, Any]) -> tuple[NoiseProcess, str, str]:
+    """(process, prediction kind, clock) of a diffusers scheduler's config. Raises ValueError where it says nothing we know."""
+    name = scheduler.get("_class_name", "")
+    if name.startswith("FlowMatch"):
+        return Flow(scheduler.get("shift", 1.0)), "flow", "1000sigma"
+    kind = KINDS.get(scheduler.get("prediction_type", "epsilon"))
+    cls = getattr(diffusers, name, None)
+    if cls is None or kind is None or "beta_schedule" not in scheduler:
+        raise ValueError(f"scheduler {name or 'without _class_name'} with prediction_type {scheduler.get('prediction_type')!r} is neither "
+                         "a DDPM table nor a flow-matching scheduler that this version can read")
+    return TableVP(diffusers.DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod), kind, "index"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; ValueError naming the file where it is damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return value
+
+
+def load_network(folder: Path) -> nn.Module:
+    """A diffusers network from safetensors, strictly, as float32. Raises FileNotFoundError or ValueError with the remedy."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder} holds no network: config.json is missing")
+    name = read_json(config).get("_class_name")
+    if name not in NETWORKS:
+        raise ValueError(f"{config} names the network {name!r}; this version distils {', '.join(NETWORKS)}")
+    weights = sorted(folder.glob("diffusion_pytorch_model*.safetensors*"))
+    if not weights:
+        raise FileNotFoundError(f"{folder} holds no diffusion_pytorch_model*.safetensors; pickled weights are not read: "
+                                "save the model again with safe_serialization=True")
+    variant = "fp16" if all(".fp16." in w.name for w in weights) else None
+    try:
+        loaded, report = NETWORKS[name].from_pretrained(                                     # type: ignore[attr-defined]
+            folder, variant=variant, use_safetensors=True, local_files_only=True, output_loading_info=True, low_cpu_mem_usage=False)
+    except Exception as error:
+        raise ValueError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    wrong = {k: v for k, v in report.items() if v}
+    if wrong:
+        raise ValueError(f"the weights in {folder} do not fit its config: " + "; ".join(f"{k}: {str(v)[:200]}" for k, v in wrong.items()))
+    return loaded.float().eval().requires_grad_(False)
+
+
+def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None,
+                 dtype: torch.dtype = torch.float32, guidance: float = 1.0, taps: tuple[str, ...] = ()) -> Teacher:
+    """Load a teacher (or an exported student) from the name of a shipped world or from a diffusers folder.
+
+    The folder is a pipeline (`model_index.json` with unet/ or transformer/, scheduler/, perhaps vae/) or a bare network beside its
+    `scheduler_config.json`. `dtype` is what frozen weights are stored in.
+    """
+    from stepdistill import worlds
+
+    folder = worlds.teacher_folder(str(path)) or Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no teacher at {path}: give a diffusers folder or the name of a shipped world ({', '.join(worlds.NAMES)})")
+    inner = next((folder / n for n in ("unet", "transformer") if (folder / n).is_dir()), folder)
+    places = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
+    scheduler_file = next((p for p in places if p.is_file()), None)
+    if scheduler_file is None:
+        raise FileNotFoundError(f"{folder} has no scheduler_config.json, so its noise process is unknown")
+    scheduler = read_json(scheduler_file)
+    notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
+    process, kind, clock = process_of(scheduler)
+    network = keep_output_float32(load_network(inner)).to(device)
+    if dtype != torch.float32:
+        network = network.to(dtype)
+    config: Any = network.config
+    if isinstance(network, UNet2DModel):
+        embeds = config.num_class_embeds or 0
+        null = notes.get("null_class")
+        channels, size = config.in_channels, config.sample_size
+    else:
+        embeds = config.num_embeds_ada_norm
+        null = embeds                                   # DiT keeps one row more for the dropped label
+        embeds, channels, size = embeds + 1, config.in_channels, config.sample_size
+    shape = (channels, *((size, size) if isinstance(size, int) else tuple(size)))
+    codec: Codec = SpaceToDepth(int(notes.get("codec", {}).get("space_to_depth", 1)))
+    if (folder / "vae").is_dir():
+        vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True, local_files_only=True)
+        codec = Vae(vae.to(device).eval().requires_grad_(False))
+    learned_sigma = config.out_channels is not None and config.out_channels == 2 * channels
+    denoiser = Denoiser(network, process, kind, clock, guidance, autocast, taps or default_taps(network),
+                        channels if learned_sigma else None)
+    classes = int(notes.get("classes", embeds - (1 if null is not None and embeds else 0)))
+    if guidance != 1 and null is None:
+        raise ValueError(f"guidance {guidance} needs a null class and {path} has none: set guidance to 1, or name null_class in {NOTES}")
+    return Teacher(denoiser, shape, classes, null, codec, folder, scheduler, notes)

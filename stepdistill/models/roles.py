@@ -1,0 +1,134 @@
+"""Roles: the models a method declares, built as full copies of the teacher (or heads on one of them), and who of them trains now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.diffusion.draws import key
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.denoiser import Denoiser, tapped
+from stepdistill.models.discriminator import Discriminator
+
+Example = Callable[[], tuple[Tensor, Tensor, Conditioning]]              # a tiny (x_t, t, cond) to measure features with
+
+
+@dataclass(frozen=True)
+class Role:
+    """One model of a method: does it train, and where does it come from.
+
+    "teacher" is a copy of the teacher (the role named teacher is the teacher itself); "head" is a discriminator over the features of
+    the role `of`.
+    """
+
+    trains: bool = False
+    source: Literal["teacher", "head"] = "teacher"
+    of: str | None = None
+
+
+class Roles:
+    """What a method's losses call: `m.student(x_t, t, cond)`, `m.teacher.plain(...)`, `m.disc(features)`.
+
+    A role that is training goes through its distributed wrapper when gradients are on; every other call goes to the bare network.
+    """
+
+    def __init__(self, denoisers: Mapping[str, Denoiser], heads: Mapping[str, nn.Module], trains: Iterable[str]):
+        self._denoisers, self._heads, self._wrapped = dict(denoisers), dict(heads), dict[str, nn.Module]()
+        self.trains, self._active = tuple(trains), tuple[str, ...]()
+        for name in self.names:
+            self.module(name).requires_grad_(False).eval()
+
+    @classmethod
+    def build(cls, needs: Mapping[str, Role], teacher: Denoiser, example: Example, seed: int = 0) -> Roles:
+        """Copies for every role but the teacher; trained copies hold float32 master weights (float64 if the teacher does)."""
+        if "student" not in needs or not needs["student"].trains:
+            raise ValueError("a method must declare a role 'student' that trains")
+        denoisers: dict[str, Denoiser] = {}
+        for name, role in needs.items():
+            if role.source == "teacher":
+                denoisers[name] = teacher if name == "teacher" else teacher.copy()
+                if role.trains and denoisers[name].dtype in (torch.float16, torch.bfloat16):
+                    denoisers[name].network.float()
+        heads: dict[str, nn.Module] = {}
+        for name, role in needs.items():
+            if role.source == "head":
+                if role.of not in denoisers:
+                    raise ValueError(f"head {name!r} reads features of {role.of!r}, which is not declared: {sorted(denoisers)}")
+                heads[name] = _head(denoisers[role.of], example, key(seed, "head", name))
+        return cls(denoisers, heads, [name for name, role in needs.items() if role.trains])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every role."""
+        return (*self._denoisers, *self._heads)
+
+    def module(self, name: str) -> nn.Module:
+        """The bare network or head, without its distributed wrapper."""
+        return self._denoisers[name].network if name in self._denoisers else self._heads[name]
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """All parameters of a role, collected by name and never by what happens to require a gradient."""
+        return list(self.module(name).parameters())
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in self._denoisers:
+            return self._denoisers[name]
+        if name in self._heads:
+            return self._wrapped[name] if name in self._active and name in self._wrapped else self._heads[name]
+        raise AttributeError(f"this method declared no role {name!r}; it has {', '.join(self.names)}")
+
+    def train_only(self, names: Sequence[str]) -> None:
+        """Gradients, train mode and the distributed wrapper for these roles; none of them for the others."""
+        self._active = tuple(names)
+        for name in self.names:
+            active = name in names
+            self.module(name).requires_grad_(active).train(active)
+            if name in self._denoisers:
+                self._denoisers[name].wrapped = self._wrapped.get(name) if active else None
+
+    def wrap(self, wrapper: Callable[[nn.Module], nn.Module]) -> None:
+        """Wrap every trained role for several processes; the wrapper goes around the raw network."""
+        for name in self.trains:
+            self.module(name).requires_grad_(True)
+            self._wrapped[name] = wrapper(self.module(name))
+            self.module(name).requires_grad_(False)
+
+    @contextmanager
+    def no_sync(self, names: Sequence[str], *, unless: bool) -> Iterator[None]:
+        """Hold the gradient exchange of these roles back, unless this is the last micro-batch."""
+        with ExitStack() as stack:
+            for name in names:
+                module = self._wrapped.get(name)
+                if not unless and isinstance(module, nn.parallel.DistributedDataParallel):
+                    stack.enter_context(module.no_sync())
+            yield
+
+    @torch.no_grad()
+    def follow(self, target: str, source: str, decay: float) -> None:
+        """target <- decay·target + (1 - decay)·source, buffers copied; decay 0 copies."""
+        follow(self.module(target), self.module(source), decay)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, source: nn.Module, decay: float) -> None:
+    """Exponential moving average of the weights of one module in another."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - decay)
+    for mine, theirs in zip(target.buffers(), source.buffers(), strict=True):
+        mine.copy_(theirs)
+
+
+def _head(denoiser: Denoiser, example: Example, seed: int) -> Discriminator:
+    with torch.no_grad(), tapped(denoiser.network, denoiser.taps) as features:
+        denoiser.raw(*example())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = Discriminator(features)
+    weight = next(denoiser.network.parameters())
+    return head.to(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)

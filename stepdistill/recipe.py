@@ -1,0 +1,222 @@
+"""Recipes: one YAML is one experiment. Typed dataclasses checked by pydantic; unknown keys are errors that name the nearest one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from stepdistill.methods import find
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """What is distilled: the name of a shipped world, or a diffusers folder."""
+
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "float32"    # of the frozen weights
+
+
+@dataclass(frozen=True)
+class StudentRecipe:
+    """What comes out."""
+
+    steps: int = 1                                       # network calls per sample
+    times: tuple[float, ...] | None = None               # the calls' times, 1 = pure noise; default: equal steps from 1
+    taps: tuple[str, ...] = ()                           # modules whose outputs a discriminator reads; default: by structure
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"student.steps must be at least 1, got {self.steps}")
+        if self.times is not None and len(self.times) != self.steps:
+            raise ValueError(f"student.times names {len(self.times)} times for student.steps {self.steps}")
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    """One role's optimizer. `lr` is reached after `warmup` of the role's own updates and follows `schedule` from there."""
+
+    lr: float
+    name: Literal["adamw", "radam", "adamw8bit"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    decay_from: float = 0.0                              # share of the updates after which "linear" and "cosine" start falling
+    clip: float = 10.0                                   # gradient norm; 0 never clips
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.warmup < 0 or self.weight_decay < 0 or self.clip < 0 or not 0 <= self.decay_from < 1:
+            raise ValueError("an optimizer needs lr > 0, warmup, weight_decay and clip >= 0, and decay_from in [0, 1)")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Pictures for the methods that read them. A world brings its own."""
+
+    folder: Path | None = None                           # one sub-folder per class
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole experiment. `batch_size` counts the samples of one optimiser step over all processes and micro-batches."""
+
+    teacher: TeacherRecipe
+    method: Mapping[str, Any]
+    optim: Mapping[str, OptimRecipe]
+    student: StudentRecipe = StudentRecipe()
+    data: DataRecipe = DataRecipe()
+    guidance: float = 1.0                                # the teacher's w in null + w·(cond - null); 1 is none
+    steps: int = 1000                                    # loop iterations
+    seed: int = 0
+    batch_size: int = 64
+    accumulate: int = 1                                  # micro-batches per optimiser step
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # of the forward passes; trained weights stay float32
+    weights: Literal["float32", "bfloat16"] = "float32"  # what trained weights are stored in
+    compile: bool = False                                # torch.compile of every denoiser
+    ema_decay: float = 0.999                             # of the student, per student update; 0 keeps none
+    checkpoint_every: int = 500
+    keep: int = 2                                        # newest checkpoints kept
+    log_every: int = 10
+    preview_every: int = 0                               # 0: only at the end
+    preview_count: int = 40
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    max_skips: int = 10                                  # non-finite updates in a row before the run stops
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every", "preview_count", "max_skips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if not 0 <= self.ema_decay < 1 or self.preview_every < 0 or not 0 <= self.seed < 2**63:
+            raise ValueError("ema_decay must lie in [0, 1), preview_every cannot be negative, seed must lie in [0, 2^63)")
+
+    @property
+    def method_config(self) -> Any:
+        """The method's own dataclass."""
+        options = {k: v for k, v in self.method.items() if k != "name"}
+        return build(find(self.method["name"]).Config, options, "method")
+
+
+def names() -> list[str]:
+    """Short names of the shipped recipes."""
+    root = resources.files("stepdistill.configs")
+    return sorted(f"{folder.name}/{file.name.removesuffix('.yaml')}" for folder in root.iterdir() if folder.is_dir()
+                  for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a path or a shipped short name, with `key=value` overrides (dotted keys, YAML values).
+
+    Raises FileNotFoundError or ValueError with one line that names the key and the remedy.
+    """
+    text, label = _read(str(source))
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{label} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{label} must hold a mapping of recipe keys")
+    for item in overrides:
+        _override(tree, item)
+    return parse(tree)
+
+
+def parse(tree: Mapping[str, Any]) -> Recipe:
+    """Check a plain mapping."""
+    recipe: Recipe = build(Recipe, tree, "")
+    if not isinstance(recipe.method.get("name"), str):
+        raise ValueError("the recipe lacks method.name; `stepdistill methods` lists them")
+    config, method = recipe.method_config, find(recipe.method["name"])
+    trained = [n for n, role in method.needs(config).items() if role.trains]
+    if unknown := sorted(set(recipe.optim) - set(trained)):
+        raise ValueError(f"optim.{unknown[0]}: this configuration of {recipe.method['name']} trains {', '.join(trained)}")
+    if missing := [n for n in trained if n not in recipe.optim]:
+        raise ValueError(f"optim.{missing[0]} is missing: {recipe.method['name']} trains {', '.join(trained)}; give it an lr")
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML with every value resolved, method defaults too; `load` reads it back to an equal recipe."""
+    tree = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    config = recipe.method_config
+    tree["method"] = {"name": recipe.method["name"], **TypeAdapter(type(config)).dump_python(config, mode="json")}
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def build(cls: type, values: Any, where: str) -> Any:
+    """A checked instance of a dataclass from plain values; every error is one line naming the key."""
+    _check_keys(cls, values, where)
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([*([where] if where else []), *(str(p) for p in first["loc"])])
+        if first["type"] == "missing":
+            raise ValueError(f"the recipe lacks {key}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+        raise ValueError(f"{key + ': ' if key and first['type'] != 'value_error' else ''}{message}{got}") from error
+
+
+def _check_keys(annotation: Any, value: Any, where: str) -> None:
+    """Unknown keys anywhere below, which pydantic lets pass for standard dataclasses."""
+    if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
+        hints = typing.get_type_hints(annotation)
+        known = [f.name for f in dataclasses.fields(annotation)]
+        for key, inner in value.items():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+                raise ValueError(f"unknown recipe key {'.'.join(filter(None, [where, str(key)]))!r}; {hint}")
+            _check_keys(hints[key], inner, ".".join(filter(None, [where, key])))
+    elif typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        for option in typing.get_args(annotation):
+            if dataclasses.is_dataclass(option):
+                _check_keys(option, value, where)
+    elif isinstance(value, Mapping) and len(args := typing.get_args(annotation)) == 2:
+        for key, inner in value.items():
+            _check_keys(args[1], inner, f"{where}.{key}")
+
+
+def _read(source: str) -> tuple[str, str]:
+    path = Path(os.path.expanduser(source))
+    if path.is_file():
+        try:
+            return path.read_text(), str(path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a text file") from error
+    if path.suffix in (".yaml", ".yml") or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no recipe at {path}")
+    if source in (known := names()):
+        return resources.files("stepdistill.configs").joinpath(f"{source}.yaml").read_text(), source
+    near = difflib.get_close_matches(source, known, 1)
+    raise FileNotFoundError(f"no recipe {source!r}" + (f", did you mean {near[0]!r}?" if near else f"; shipped: {', '.join(known)}"))
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    key, sign, text = item.partition("=")
+    if not sign or not key:
+        raise ValueError(f"override {item!r} must read key=value")
+    *parents, last = key.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"override {item!r}: {name} is a value, not a group of keys")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {item!r}: the value is not valid YAML") from error
+
+

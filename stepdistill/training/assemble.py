@@ -1,0 +1,151 @@
+"""From a recipe to everything a run holds: teacher, method, roles, data, optimizers, EMA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from stepdistill.data.streams import Source, source
+from stepdistill.diffusion.draws import Draws
+from stepdistill.methods import find
+from stepdistill.methods.base import Batch, Method, Setup, Stage, Stream, Update
+from stepdistill.models.load import Teacher, load_teacher
+from stepdistill.models.roles import Roles
+from stepdistill.recipe import Recipe
+from stepdistill.training.ema import Ema
+from stepdistill.training.optim import Optimizers
+from stepdistill.worlds import NAMES
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp32": None, "fp64": None}
+
+
+@dataclass
+class Run:
+    """Everything assembled. `streams` are what the method reads; `stages` divide `recipe.steps`."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    teacher: Teacher
+    method: Method[Any]
+    roles: Roles
+    source: Source
+    streams: Mapping[str, Stream]
+    stages: Sequence[Stage]
+    optim: Optimizers
+    ema: Ema | None
+
+    def draws(self, step: int, update: int, micro: int) -> Draws:
+        """The randomness of one micro-batch of this process: keyed by the global positions of its samples."""
+        size = self.recipe.batch_size // (self.accelerator.num_processes * self.recipe.accumulate)
+        first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * size
+        return Draws(self.recipe.seed, range(first, first + size), step, update, self.accelerator.device)
+
+    def batch(self, draws: Draws) -> Batch:
+        """The data of those samples."""
+        return self.source.batch(self.streams, draws)
+
+    def stage_at(self, step: int) -> tuple[Stage, bool]:
+        """The stage of a step, and whether it begins there."""
+        first = 0
+        for stage in self.stages:
+            if step < first + stage.steps:
+                return stage, step == first
+            first += stage.steps
+        raise ValueError(f"step {step} lies past the last stage")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors a checkpoint holds. The teacher is not among them unless a method changes it."""
+        named = {f"role/{name}/{key}": value for name in self.roles.names if name != "teacher" or self.teacher_changes
+                 for key, value in self.roles.module(name).state_dict().items()}
+        if self.ema:
+            named |= {f"ema/{key}": value for key, value in self.ema.network.state_dict().items()}
+        return named | {f"optim/{key}": value for key, value in self.optim.tensors().items()} | {"rng": torch.get_rng_state()}
+
+    @property
+    def teacher_changes(self) -> bool:
+        """Several stages may replace the teacher (progressive distillation)."""
+        return len(self.stages) > 1
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Inverse of `tensors`, with the counts and the method's state from the checkpoint's JSON."""
+        part = lambda prefix: {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        for name in self.roles.names:
+            if weights := part(f"role/{name}/"):
+                self.roles.module(name).load_state_dict(weights)
+        if self.ema:
+            self.ema.network.load_state_dict(part("ema/"))
+        self.optim.load(part("optim/"), state["counts"])
+        self.method.restore(state["method"])
+        torch.set_rng_state(tensors["rng"])
+
+
+def updates_of(method: Method[Any], steps: int) -> dict[str, int]:
+    """How many optimiser steps each role will take."""
+    counts: dict[str, int] = {}
+    for step in range(steps):
+        for update in method.plan(step):
+            for name in update.trains:
+                counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
+    """Build a run. Everything a recipe can get wrong is found here, before any file is written: ValueError or FileNotFoundError."""
+    processes = accelerator.num_processes
+    if recipe.batch_size % (processes * recipe.accumulate):
+        raise ValueError(f"batch_size {recipe.batch_size} cannot be divided over {processes} processes x accumulate {recipe.accumulate}")
+    cls, config = find(recipe.method["name"]), recipe.method_config
+    dtype = torch.float64 if recipe.precision == "fp64" else getattr(torch, recipe.teacher.dtype)
+    teacher = load_teacher(recipe.teacher.path, device=accelerator.device, autocast=AUTOCAST[recipe.precision], dtype=dtype,
+                           guidance=recipe.guidance, taps=recipe.student.taps)
+    torch.manual_seed(recipe.seed)
+    method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.steps, recipe.student.times))
+    method.sampler()                                                            # a wrong grid speaks up before anything is built
+    needs, streams = cls.needs(config), cls.data(config)
+    data = source(teacher, streams, _world(recipe.teacher.path), recipe.data.folder)
+    roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed)
+    if recipe.weights == "bfloat16":
+        for name in roles.trains:
+            roles.module(name).to(torch.bfloat16)
+    stages = tuple(method.stages(recipe.steps))
+    if sum(stage.steps for stage in stages) != recipe.steps:
+        raise ValueError(f"the stages of {recipe.method['name']} must add up to steps {recipe.steps}")
+    if recipe.compile:
+        for name in needs:
+            if needs[name].source == "teacher":
+                roles.module(name).compile()
+    horizons = {**dict.fromkeys(roles.trains, 0), **updates_of(method, recipe.steps)}
+    optim = Optimizers(roles, recipe.optim, horizons)
+    ema = Ema(roles.module("student"), recipe.ema_decay) if recipe.ema_decay else None
+    if processes > 1:
+        roles.wrap(accelerator.prepare_model)
+    return Run(recipe, accelerator, teacher, method, roles, data, streams, stages, optim, ema)
+
+
+def _world(path: str) -> str | None:
+    name = path.removeprefix("teacher:")
+    return name if name in NAMES else None
+
+
+def run_update(run: Run, step: int, index: int, update: Update, before: Sequence[Batch]) -> tuple[list[Batch], dict[str, Tensor]]:
+    """Forward and backward of one update over its micro-batches; gradients are left on the roles. Returns the batches and the log."""
+    recipe, roles = run.recipe, run.roles
+    roles.train_only(update.trains)
+    batches: list[Batch] = []
+    logs: dict[str, Tensor] = {}
+    for micro in range(recipe.accumulate):
+        draws = run.draws(step, index, micro)
+        batch = before[micro] if update.reuse else run.batch(draws)
+        batches.append(batch)
+        with roles.no_sync(update.trains, unless=micro == recipe.accumulate - 1):
+            loss = run.method.loss(update, roles, batch, draws)
+            run.accelerator.backward(loss.value / recipe.accumulate)
+        for name, value in {"loss": loss.value, **loss.log}.items():
+            value = torch.as_tensor(value, device=loss.value.device).detach() / recipe.accumulate
+            logs[f"{update.loss}/{name}"] = logs.get(f"{update.loss}/{name}", 0) + value
+    return batches, logs

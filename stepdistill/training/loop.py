@@ -1,0 +1,211 @@
+"""The loop: Roles, a Loss, and a batch that is any pytree. It contains no method's name."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from stepdistill import recipe as recipes
+from stepdistill.recipe import Recipe
+from stepdistill.training import checkpoint
+from stepdistill.training.assemble import Run, assemble, run_update
+from stepdistill.training.log import Log, Means, preview
+
+RECIPE, LOCK, CHECKPOINTS = "recipe.yaml", "lock.json", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended: `finished` is False when a signal stopped it after saving; `already` when there was nothing left to do."""
+
+    folder: str
+    step: int
+    steps: int
+    finished: bool
+    already: bool = False
+    skipped: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def say(message: str) -> None:
+    """A line on standard error that does not break the progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def start(recipe: Recipe, out: Path, accelerator: Accelerator | None = None) -> Outcome:
+    """Train from the beginning into a new or empty folder. ValueError where it holds anything."""
+    accelerator = accelerator or make_accelerator(recipe, out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty: choose another --out, or continue it with --resume {out}")
+    run = assemble(recipe, accelerator)
+    accelerator.wait_for_everyone()                                             # every process has looked before one writes
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomically(out / RECIPE, recipes.dump(recipe))
+    accelerator.wait_for_everyone()
+    return train(run, out)
+
+
+def resume(out: Path) -> Outcome:
+    """Go on from the newest readable checkpoint, or from the beginning where there is none yet."""
+    if not (out / RECIPE).is_file():
+        raise FileNotFoundError(f"{out} is not a run: it has no {RECIPE}")
+    recipe = recipes.load(out / RECIPE)
+    return train(assemble(recipe, make_accelerator(recipe, out)), out)
+
+
+def make_accelerator(recipe: Recipe, out: Path | None) -> Accelerator:
+    """Precision is the denoisers' business, so accelerate's own mixed precision stays off."""
+    trackers = list(recipe.trackers) if out else []
+    return Accelerator(mixed_precision="no", log_with=trackers or None, project_dir=str(out) if out else None)
+
+
+def train(run: Run, out: Path) -> Outcome:
+    """The training loop proper."""
+    recipe, accelerator, main, began = run.recipe, run.accelerator, run.accelerator.is_main_process, time.monotonic()
+    with locked(out, main), interruptible() as stop:
+        first, skipped = restore(run, out)
+        if first >= recipe.steps:
+            if main:
+                say(f"{out} is finished: {recipe.steps} of {recipe.steps} steps. Export it with: stepdistill export {out} --to FOLDER")
+            return Outcome(str(out), first, recipe.steps, True, already=True, skipped=skipped)
+        log = Log(out, first) if main else None
+        accelerator.init_trackers("trackers", config=None)
+        bar = tqdm(total=recipe.steps, initial=first, disable=not main, file=sys.stderr, unit="step", dynamic_ncols=True, desc=out.name)
+        means, bad = Means(), 0
+        for step in range(first, recipe.steps):
+            stage, begins = run.stage_at(step)
+            if begins:
+                run.method.enter(stage, run.roles)
+                for name in stage.resets:
+                    run.optim.reset(name)
+            batches: list[Any] = []
+            for index, update in enumerate(run.method.plan(step)):
+                batches, logs = run_update(run, step, index, update, batches)
+                norms = run.optim.step(update.trains)
+                if not all(math.isfinite(n) for n in norms.values()):
+                    bad, skipped = bad + 1, skipped + 1
+                    if main:
+                        say(f"step {step}: gradient of {', '.join(n for n in norms if not math.isfinite(norms[n]))} is not finite; skipped")
+                    if bad >= recipe.max_skips:
+                        raise FloatingPointError(f"{bad} updates in a row had no finite gradient; the run stops at step {step}. The last "
+                                                 "checkpoint is whole: lower the learning rate or use precision: fp32, and resume it")
+                    continue
+                bad = 0
+                run.method.after_update(run.roles, update, run.optim.counts[update.trains[0]])
+                if run.ema and "student" in update.trains:
+                    run.ema.after(run.roles.module("student"), run.optim.counts["student"])
+                means.add({**logs, **{f"grad/{n}": torch.as_tensor(v, device=accelerator.device) for n, v in norms.items()}})
+            done, last = step + 1, step + 1 == recipe.steps
+            halt = stop(accelerator)
+            if done % recipe.log_every == 0 or last:
+                values = means.take(run)
+                accelerator.log(values, step=done)
+                if log:
+                    rates = {f"lr/{n}": v for n, v in run.optim.rates().items()}
+                    log.write({"step": step, "seconds": round(time.monotonic() - began, 3), **values, **rates, "skipped": skipped})
+                bar.set_postfix({k.split("/")[-1]: f"{v:.3g}" for k, v in values.items() if k.endswith("/loss")}, refresh=False)
+            if main and (last or (recipe.preview_every and done % recipe.preview_every == 0)):
+                preview(run, out / "previews" / f"{done:08d}.png")
+            if done % recipe.checkpoint_every == 0 or last or halt:
+                save(run, out, done, skipped)
+            bar.update()
+            if halt and not last:
+                bar.close()
+                if main:
+                    say(f"stopped by {halt.name} after step {done}, saved; continue with: stepdistill train --resume {out}")
+                return Outcome(str(out), done, recipe.steps, False, skipped=skipped, seconds=time.monotonic() - began)
+        bar.close()
+        accelerator.end_training()
+    return Outcome(str(out), recipe.steps, recipe.steps, True, skipped=skipped, seconds=time.monotonic() - began)
+
+
+def save(run: Run, out: Path, step: int, skipped: int) -> None:
+    """A checkpoint after `step` finished steps, by the main process."""
+    if run.accelerator.is_main_process:
+        state = {"counts": run.optim.counts, "method": run.method.state(), "skipped": skipped, "threads": torch.get_num_threads(),
+                 "torch": torch.__version__, "processes": run.accelerator.num_processes, "sampler": run.method.sampler().to_dict()}
+        checkpoint.save(out / CHECKPOINTS, step, run.tensors(), state, run.recipe.keep)
+    run.accelerator.wait_for_everyone()
+
+
+def restore(run: Run, out: Path) -> tuple[int, int]:
+    """(first step to do, updates skipped so far), with the newest readable checkpoint loaded."""
+    main = run.accelerator.is_main_process
+    found = checkpoint.newest(out / CHECKPOINTS, say if main else lambda line: None)
+    if found is None:
+        return 0, 0
+    tensors, state = found
+    run.load(tensors, state)
+    if state["threads"] != torch.get_num_threads() and main:
+        say(f"this run was saved with {state['threads']} threads and goes on with {torch.get_num_threads()}: "
+            f"results will differ in the last bits; OMP_NUM_THREADS={state['threads']} makes it bit-exact")
+    return int(state["step"]), int(state["skipped"])
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[Accelerator], signal.Signals | None]]:
+    """SIGINT and SIGTERM let the step finish and save; a second one interrupts at once. Processes agree on what they saw."""
+    seen: list[signal.Signals] = []
+
+    def note(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(signal.Signals(number))
+
+    def asked(accelerator: Accelerator) -> signal.Signals | None:
+        if accelerator.num_processes > 1:
+            number = int(accelerator.gather(torch.tensor([seen[0] if seen else 0], device=accelerator.device)).max())
+            return signal.Signals(number) if number else None
+        return seen[0] if seen else None
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:                                                          # not the main thread: the caller keeps its own handlers
+        before = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def locked(out: Path, main: bool) -> Iterator[None]:
+    """One trainer per run folder. A lock whose process is gone is taken over with a word; a live one raises ValueError."""
+    if not main:
+        yield
+        return
+    path, mine = out / LOCK, {"pid": os.getpid(), "host": socket.gethostname()}
+    if path.exists():
+        try:
+            owner = json.loads(path.read_text())
+            alive = owner["host"] == mine["host"] and owner["pid"] != mine["pid"] and os.path.exists(f"/proc/{owner['pid']}")
+            elsewhere = owner["host"] != mine["host"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            owner, alive, elsewhere = {}, False, False
+        if alive or elsewhere:
+            raise ValueError(f"{out} is in use by process {owner['pid']} on {owner['host']}: stop it, or delete {path} if it is gone")
+        say(f"taking over a stale lock in {out}")
+    checkpoint.write_atomically(path, json.dumps(mine))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
