@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from stepdistill.diffusion.draws import Draws, key
 from stepdistill.diffusion.process import TableVP
+from stepdistill.models.denoiser import attention
 from stepdistill.models.load import NOTES
 from stepdistill.worlds.fashion import data
 
@@ -107,7 +108,7 @@ def main(
         index = draws.each("t").integers(process.steps)
         eps = draws.each("eps").normal_like(x0)
         x_t = process.add_noise(x0, eps, (index + 1) / process.steps)
-        with torch.autocast(device, torch.bfloat16):
+        with attention(torch.device(device)), torch.autocast(device, torch.bfloat16):
             out_eps = net(x_t, index, class_labels=labels).sample
         loss = (out_eps.float() - eps).square().mean()
         loss.backward()

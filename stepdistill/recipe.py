@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -144,22 +145,26 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
         raise ValueError(f"optim.{unknown[0]}: this configuration of {recipe.method['name']} trains {', '.join(trained)}")
     if missing := [n for n in trained if n not in recipe.optim]:
         raise ValueError(f"optim.{missing[0]} is missing: {recipe.method['name']} trains {', '.join(trained)}; give it an lr")
-    return recipe
+    return dataclasses.replace(recipe, method=_resolved(recipe))
+
+
+def _resolved(recipe: Recipe) -> dict[str, Any]:
+    config = recipe.method_config
+    return {"name": recipe.method["name"], **TypeAdapter(type(config)).dump_python(config, mode="json")}
 
 
 def dump(recipe: Recipe) -> str:
     """YAML with every value resolved, method defaults too; `load` reads it back to an equal recipe."""
-    tree = TypeAdapter(Recipe).dump_python(recipe, mode="json")
-    config = recipe.method_config
-    tree["method"] = {"name": recipe.method["name"], **TypeAdapter(type(config)).dump_python(config, mode="json")}
-    return yaml.safe_dump(tree, sort_keys=False)
+    return yaml.safe_dump({**TypeAdapter(Recipe).dump_python(recipe, mode="json"), "method": _resolved(recipe)}, sort_keys=False)
 
 
 def build(cls: type, values: Any, where: str) -> Any:
     """A checked instance of a dataclass from plain values; every error is one line naming the key."""
     _check_keys(cls, values, where)
     try:
-        return TypeAdapter(cls).validate_python(values)
+        built = TypeAdapter(cls).validate_python(values)
+        _check_finite(dataclasses.asdict(built), where)
+        return built
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join([*([where] if where else []), *(str(p) for p in first["loc"])])
@@ -167,11 +172,20 @@ def build(cls: type, values: Any, where: str) -> Any:
             raise ValueError(f"the recipe lacks {key}") from error
         message = first["msg"].removeprefix("Value error, ")
         got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
-        raise ValueError(f"{key + ': ' if key and first['type'] != 'value_error' else ''}{message}{got}") from error
+        raise ValueError(f"{key + ': ' if key and key not in message else ''}{message}{got}") from error
+
+
+def _check_finite(value: Any, where: str) -> None:
+    """Neither nan nor infinity anywhere: every comparison with nan is false, so range checks let it pass."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be a finite number, got {value}")
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple | list) else ()
+    for key, inner in items:
+        _check_finite(inner, ".".join(filter(None, [where, str(key)])))
 
 
 def _check_keys(annotation: Any, value: Any, where: str) -> None:
-    """Unknown keys anywhere below, which pydantic lets pass for standard dataclasses."""
+    """Unknown keys anywhere below, which pydantic lets pass for standard dataclasses, and truth values where a number belongs."""
     if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
         hints = typing.get_type_hints(annotation)
         known = [f.name for f in dataclasses.fields(annotation)]
@@ -185,6 +199,8 @@ def _check_keys(annotation: Any, value: Any, where: str) -> None:
         for option in typing.get_args(annotation):
             if dataclasses.is_dataclass(option):
                 _check_keys(option, value, where)
+    elif isinstance(value, bool) and annotation in (int, float):
+        raise ValueError(f"{where}: Input should be a number, got {value}")
     elif isinstance(value, Mapping) and len(args := typing.get_args(annotation)) == 2:
         for key, inner in value.items():
             _check_keys(args[1], inner, f"{where}.{key}")

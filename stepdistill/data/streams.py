@@ -38,11 +38,14 @@ def world_pictures(name: str) -> PictureSet:
 def folder_pictures(folder: Path, size: tuple[int, int], channels: int, labels: tuple[str, ...]) -> PictureSet:
     """Pictures in one sub-folder per class (named by label or number), centre-cropped and resized (Lanczos) to `size` (H, W).
 
-    A folder without sub-folders is read as one unlabelled class. Raises FileNotFoundError or ValueError naming the file.
+    A folder without sub-folders is unlabelled: for models with one class or none. Raises FileNotFoundError or ValueError naming the file.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"data.folder {folder} does not exist")
     groups = sorted(p for p in folder.iterdir() if p.is_dir()) or [folder]
+    if groups == [folder] and len(labels) > 1:
+        raise ValueError(f"data.folder {folder} has no sub-folders, and this teacher has {len(labels)} classes: put each class into a "
+                         f"folder of its own, named {labels[0]!r} or 0, {labels[1]!r} or 1, ...")
     images, numbers = [], []
     for group in groups:
         number = 0 if group == folder else _class_of(group.name, labels, folder)
@@ -59,6 +62,8 @@ def _class_of(name: str, labels: tuple[str, ...], folder: Path) -> int:
         return labels.index(name)
     if name.isdigit() and int(name) < len(labels):
         return int(name)
+    if not labels:
+        raise ValueError(f"{folder / name} is a sub-folder, and this teacher has no classes: put the pictures into {folder} itself")
     raise ValueError(f"{folder / name} is no class of this teacher; sub-folders are named {labels[:3]}... or 0..{len(labels) - 1}")
 
 
@@ -66,7 +71,7 @@ def _read(path: Path, size: tuple[int, int], channels: int) -> Tensor:
     try:
         with Image.open(path) as file:
             image = file.convert("L" if channels == 1 else "RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:     # what Pillow raises for damaged files
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     side = min(image.width * size[0], image.height * size[1])
     crop = round(side / size[0]), round(side / size[1])                              # (width, height) of the target's aspect

@@ -13,6 +13,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction, from_x0
 from stepdistill.diffusion.process import NoiseProcess, like
 from stepdistill.diffusion.solver import dpmpp_2m, heun, jump
+from stepdistill.diffusion.times import trailing
 
 Solver = Literal["ddim", "heun", "dpmpp_2m"]
 
@@ -55,7 +56,7 @@ class SamplerSpec:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations per sample, both halves of guidance counted."""
+        """Network evaluations per sample, both halves of guidance counted (heun makes one less where its first state has alpha 0)."""
         calls = 2 * len(self.times) - 1 if self.solver == "heun" else len(self.times)
         return calls * (1 if self.guidance == 1 else 2)
 
@@ -67,6 +68,14 @@ class SamplerSpec:
     def from_dict(cls, values: dict[str, Any]) -> SamplerSpec:
         """Strict: an unknown key raises TypeError."""
         return cls(**{**values, "times": tuple(values["times"])})
+
+    def at(self, count: int) -> SamplerSpec:
+        """The same sampler with `count` steps; ValueError where the grid is not the trailing one and so says nothing of other counts."""
+        if count == len(self.times):
+            return self
+        if self.times != trailing(len(self.times)):
+            raise ValueError(f"this model is sampled in {len(self.times)} steps at its own times {self.times}, not in {count}")
+        return replace(self, times=trailing(count))
 
     def guided(self, w: float) -> SamplerSpec:
         """The same sampler at another guidance."""
@@ -100,15 +109,17 @@ def steps(net: Net, x: Tensor, spec: SamplerSpec, cond: Any, draws: Draws, *, gr
     fresh = noise or (lambda i: draws.each(f"renoise/{i}").normal_like(x))
     for i, (now, later) in enumerate(zip(spec.times, (*spec.times[1:], None), strict=True)):
         t = torch.tensor(now, dtype=torch.float64, device=x.device).expand(len(x))
-        with torch.set_grad_enabled(bool(grad and grad(i))):
+        keep = bool(grad and grad(i))
+        x = x if keep else x.detach()                                    # or whatever is read of pred later would differentiate x_t alone
+        with torch.set_grad_enabled(keep):
             pred = net(x, t, cond, w=spec.guidance)
             if spec.clip_x0 is not None:
                 pred = from_x0(pred.x0.clamp(-spec.clip_x0, spec.clip_x0), pred.x_t, pred.alpha, pred.sigma)
-            x_next = None
+            x0, x_next = pred.x0, None
             if later is not None:
                 r = torch.tensor(later, dtype=torch.float64, device=x.device)
                 if spec.renoise == 1:
-                    x_next = process.add_noise(pred.x0, fresh(i), r)
+                    x_next = process.add_noise(x0, fresh(i), r)
                 elif spec.renoise > 0:
                     low = r * (1 - spec.renoise)
                     x_next = process.travel(jump(pred, process, low), fresh(i), low, r)
@@ -116,7 +127,7 @@ def steps(net: Net, x: Tensor, spec: SamplerSpec, cond: Any, draws: Draws, *, gr
                     x_next = heun(lambda x_r, at: net(x_r, at.expand(len(x_r)), cond, w=spec.guidance), pred, process, r)
                 else:
                     x_next = dpmpp_2m(pred, before if spec.solver == "dpmpp_2m" else None, process, r)
-        yield Step(i, t, pred, pred.x0, x_next)
+        yield Step(i, t, pred, x0, x_next)
         if x_next is not None:
             x, before = x_next, pred
 

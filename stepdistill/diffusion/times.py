@@ -72,4 +72,5 @@ def lcm_grid(count: int, original: int = 50, table: int = 1000) -> tuple[float, 
     if not 1 <= count <= original:
         raise ValueError(f"the LCM grid has 1 to {original} steps, got {count}")
     points = [j * (table // original) - 1 for j in range(1, original + 1)][::-1]
-    return index_grid(tuple(points[math.floor(i * original / count)] for i in range(count)), table)
+    stride = original / count                                            # divided first, as the scheduler does: its rounding is then ours
+    return index_grid(tuple(points[math.floor(i * stride)] for i in range(count)), table)

@@ -6,7 +6,7 @@
     target  <- decay·target + (1 - decay)·student                                                            (decay 0: the student itself)
 
 1/N is the skip interval (LCM's k, in units of the whole range). The boundary needs no c_skip and c_out: at t = 0 the process is clean,
-sigma = 0, and x0 = (x - sigma·eps)/alpha is x whatever the network says.
+sigma = 0, and x0 = (x - sigma·eps)/alpha is x whatever the network says. A network that speaks x0 cannot know it and is not asked.
 
 Differs from the paper: equal steps of t on the teacher's own process instead of EDM's Karras grid, pseudo-Huber instead of LPIPS, and
 the teacher may be guided (LCM, Luo et al. 2023), the student learning that one guidance.
@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 
 from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.process import like
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import heun, jump
 from stepdistill.diffusion.times import trailing
@@ -77,6 +78,7 @@ class Consistency(Method[ConsistencyConfig]):
             x_r = jump(pred, self.process, r) if cfg.solver == "ddim" else heun(
                 lambda x, at: m.teacher(x, at, cond), pred, self.process, r)
             target = (m.target if cfg.target == "ema" else m.student)(x_r, r, cond).x0
+            target = torch.where(like(r == 0, x_r).bool(), x_r, target)
         f = m.student(x_t, t, cond).x0
         distance = (pseudo_huber(f, target, cfg.huber) if cfg.huber else l2(f, target)).mean()
         return Loss(distance, {"distance": distance, "x0_std": f.detach().std()})

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, start, steps
-from stepdistill.diffusion.times import Uniform, trailing
+from stepdistill.diffusion.times import Uniform, shift, trailing
 from stepdistill.losses.adversarial import discriminator_loss, generator_loss
 from stepdistill.losses.denoising import denoising_loss
 from stepdistill.losses.matching import matching_loss
@@ -47,7 +47,9 @@ class DMD2Config:
             raise ValueError(f"method.fake_updates must be at least 1, got {self.fake_updates}")
         if self.gan_weight < 0 or self.disc_weight < 0:
             raise ValueError("method.gan_weight and method.disc_weight cannot be negative")
-        if self.fake_times.low > self.times.low or self.fake_times.high < self.times.high:
+        (low, high), (fake_low, fake_high) = (
+            shift(torch.tensor((u.low, u.high), dtype=torch.float64), u.shift).tolist() for u in (self.times, self.fake_times))
+        if fake_low > low or fake_high < high:
             raise ValueError("method.fake_times must hold the range of method.times: the fake score is asked there")
 
 

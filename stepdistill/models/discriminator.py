@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from stepdistill.diffusion.process import at_least_float32
+
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0), channels)
+    """At most 32 groups of at least 16 channels: after the contraction a group of one channel would be one number, normalised to 0."""
+    return nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 16 * g or g == 1)), channels)
 
 
 class MapHead(nn.Sequential):
@@ -42,6 +45,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, features: Sequence[Tensor]):
         super().__init__()
+        if not features:
+            raise ValueError("a discriminator needs features to read: name the tapped modules in student.taps")
         self.heads = nn.ModuleList()
         for f in features:
             if f.ndim not in (3, 4):
@@ -51,4 +56,4 @@ class Discriminator(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits (B,), float32 whatever the features' precision: positive means real."""
         dtype = next(self.parameters()).dtype
-        return torch.cat([head(f.to(dtype)) for head, f in zip(self.heads, features, strict=True)], dim=1).mean(dim=1)
+        return at_least_float32(torch.cat([head(f.to(dtype)) for head, f in zip(self.heads, features, strict=True)], dim=1)).mean(dim=1)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -120,7 +121,11 @@ def process_of(scheduler: Mapping[str, Any]) -> tuple[NoiseProcess, str, str]:
     if cls is None or kind is None or "beta_schedule" not in scheduler:
         raise ValueError(f"scheduler {name or 'without _class_name'} with prediction_type {scheduler.get('prediction_type')!r} is neither "
                          "a DDPM table nor a flow-matching scheduler that this version can read")
-    return TableVP(diffusers.DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod), kind, "index"
+    table = diffusers.DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod
+    if kind == "eps" and table[-1] == 0:
+        raise ValueError("a table that ends in pure noise (zero terminal SNR) needs prediction_type v_prediction or sample: there, epsilon "
+                         "says nothing about x0")
+    return TableVP(table), kind, "index"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,20 +147,37 @@ def load_network(folder: Path) -> nn.Module:
     name = read_json(config).get("_class_name")
     if name not in NETWORKS:
         raise ValueError(f"{config} names the network {name!r}; this version distils {', '.join(NETWORKS)}")
+    return without_dropout(_read_weights(NETWORKS[name], folder).float().eval().requires_grad_(False))
+
+
+def _read_weights(cls: Any, folder: Path) -> Any:
     weights = sorted(folder.glob("diffusion_pytorch_model*.safetensors*"))
     if not weights:
         raise FileNotFoundError(f"{folder} holds no diffusion_pytorch_model*.safetensors; pickled weights are not read: "
                                 "save the model again with safe_serialization=True")
     variant = "fp16" if all(".fp16." in w.name for w in weights) else None
     try:
-        loaded, report = NETWORKS[name].from_pretrained(                                     # type: ignore[attr-defined]
+        loaded, report = cls.from_pretrained(
             folder, variant=variant, use_safetensors=True, local_files_only=True, output_loading_info=True, low_cpu_mem_usage=False)
     except Exception as error:
-        raise ValueError(f"the weights in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the weights in {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
     wrong = {k: v for k, v in report.items() if v}
     if wrong:
         raise ValueError(f"the weights in {folder} do not fit its config: " + "; ".join(f"{k}: {str(v)[:200]}" for k, v in wrong.items()))
-    return loaded.float().eval().requires_grad_(False)
+    return loaded
+
+
+def without_dropout(network: nn.Module) -> nn.Module:
+    """Distillation trains without dropout: its masks would differ between student and target and come from a stream of random numbers.
+
+    DiT would besides drop a tenth of the labels in train mode, in every block on its own.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
+    return network
 
 
 def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None,
@@ -190,11 +212,18 @@ def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autoca
         embeds = config.num_embeds_ada_norm
         null = embeds                                   # DiT keeps one row more for the dropped label
         embeds, channels, size = embeds + 1, config.in_channels, config.sample_size
+    if size is None:
+        raise ValueError(f"{inner / 'config.json'} has no sample_size: write the height and width of one state there")
+    if unknown := sorted(set(taps) - {name for name, _ in network.named_modules()}):
+        raise ValueError(f"student.taps names {unknown[0]!r}, which is no module of this {type(network).__name__}")
     shape = (channels, *((size, size) if isinstance(size, int) else tuple(size)))
     codec: Codec = SpaceToDepth(int(notes.get("codec", {}).get("space_to_depth", 1)))
     if (folder / "vae").is_dir():
-        vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True, local_files_only=True)
-        codec = Vae(vae.to(device).eval().requires_grad_(False))
+        if not (folder / "vae" / "config.json").is_file():
+            raise FileNotFoundError(f"{folder / 'vae'} holds no VAE: config.json is missing")
+        if (named := read_json(folder / "vae" / "config.json").get("_class_name")) != "AutoencoderKL":
+            raise ValueError(f"{folder / 'vae'} holds a {named}; this version reads AutoencoderKL")
+        codec = Vae(_read_weights(AutoencoderKL, folder / "vae").to(device).eval().requires_grad_(False))
     learned_sigma = config.out_channels is not None and config.out_channels == 2 * channels
     denoiser = Denoiser(network, process, kind, clock, guidance, autocast, taps or default_taps(network),
                         channels if learned_sigma else None)

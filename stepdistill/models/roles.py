@@ -37,35 +37,43 @@ class Roles:
     A role that is training goes through its distributed wrapper when gradients are on; every other call goes to the bare network.
     """
 
-    def __init__(self, denoisers: Mapping[str, Denoiser], heads: Mapping[str, nn.Module], trains: Iterable[str]):
-        self._denoisers, self._heads, self._wrapped = dict(denoisers), dict(heads), dict[str, nn.Module]()
+    def __init__(self, denoisers: Mapping[str, Denoiser], heads: Mapping[str, tuple[str, nn.Module]], trains: Iterable[str]):
+        """`heads` pairs each head with the role it reads."""
+        self._denoisers, self._wrapped = dict(denoisers), dict[str, nn.Module]()
+        self._heads = {name: head for name, (_, head) in heads.items()}
+        self.heads = {name: of for name, (of, _) in heads.items()}
         self.trains, self._active = tuple(trains), tuple[str, ...]()
         for name in self.names:
             self.module(name).requires_grad_(False).eval()
 
     @classmethod
     def build(cls, needs: Mapping[str, Role], teacher: Denoiser, example: Example, seed: int = 0) -> Roles:
-        """Copies for every role but the teacher; trained copies hold float32 master weights (float64 if the teacher does)."""
+        """Copies for every role but the teacher. They hold float32 master weights (float64 if the teacher does), trained or following."""
         if "student" not in needs or not needs["student"].trains:
             raise ValueError("a method must declare a role 'student' that trains")
         denoisers: dict[str, Denoiser] = {}
         for name, role in needs.items():
             if role.source == "teacher":
                 denoisers[name] = teacher if name == "teacher" else teacher.copy()
-                if role.trains and denoisers[name].dtype in (torch.float16, torch.bfloat16):
+                if name != "teacher" and denoisers[name].dtype in (torch.float16, torch.bfloat16):
                     denoisers[name].network.float()
-        heads: dict[str, nn.Module] = {}
+        heads: dict[str, tuple[str, nn.Module]] = {}
         for name, role in needs.items():
             if role.source == "head":
                 if role.of not in denoisers:
                     raise ValueError(f"head {name!r} reads features of {role.of!r}, which is not declared: {sorted(denoisers)}")
-                heads[name] = _head(denoisers[role.of], example, key(seed, "head", name))
+                heads[name] = role.of, _head(denoisers[role.of], example, key(seed, "head", name))
         return cls(denoisers, heads, [name for name, role in needs.items() if role.trains])
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every role."""
         return (*self._denoisers, *self._heads)
+
+    @property
+    def denoisers(self) -> Mapping[str, Denoiser]:
+        """The roles that are denoisers."""
+        return self._denoisers
 
     def module(self, name: str) -> nn.Module:
         """The bare network or head, without its distributed wrapper."""
@@ -119,9 +127,10 @@ class Roles:
 @torch.no_grad()
 def follow(target: nn.Module, source: nn.Module, decay: float) -> None:
     """Exponential moving average of the weights of one module in another."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - decay)
-    for mine, theirs in zip(target.buffers(), source.buffers(), strict=True):
-        mine.copy_(theirs)
+    mine = list(target.parameters())
+    torch._foreach_lerp_(mine, [theirs.to(p.dtype) for p, theirs in zip(mine, source.parameters(), strict=True)], 1 - decay)
+    for buffer, theirs in zip(target.buffers(), source.buffers(), strict=True):
+        buffer.copy_(theirs)
 
 
 def _head(denoiser: Denoiser, example: Example, seed: int) -> Discriminator:

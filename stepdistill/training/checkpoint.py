@@ -40,20 +40,32 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
+def digest_json(value: Mapping[str, Any]) -> str:
+    """BLAKE2b of plain JSON values, whatever their layout in a file."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
-    """Write `folder/step-XXXXXXXX` and prune all but the newest `keep`. Nothing readable is ever half-written."""
+    """Write `folder/step-XXXXXXXX` and prune all but the newest `keep`. Nothing readable is ever half-written.
+
+    Checkpoints of later steps are deleted too: they were damaged and passed over, and would crowd out this one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"{PREFIX}{step:08d}", folder / f".{PREFIX}{step:08d}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
-    (temporary / STATE).write_text(json.dumps({**state, "step": step, "tensors": digest(temporary / TENSORS)}, indent=1))
+    noted = {**state, "step": step, "tensors": digest(temporary / TENSORS)}
+    (temporary / STATE).write_text(json.dumps({**noted, "digest": digest_json(noted)}, indent=1))
     for path in (temporary / TENSORS, temporary / STATE, temporary):
         fsync(path)
     if final.exists():
         shutil.rmtree(final)
     os.replace(temporary, final)
     fsync(folder)
+    for later in listed(folder):
+        if later.name > final.name:
+            shutil.rmtree(later)
     prune(folder, keep)
     return final
 
@@ -75,10 +87,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, state) of one checkpoint; ValueError where anything in it is missing or altered."""
     try:
         state = json.loads((path / STATE).read_text())
+        if state.pop("digest", None) not in (None, digest_json(state)):
+            raise ValueError(f"checkpoint {path} is damaged: {STATE} does not match its digest")
         if digest(path / TENSORS) != state["tensors"]:
             raise ValueError(f"checkpoint {path} is damaged: {TENSORS} does not match its digest")
         return load_file(path / TENSORS), state
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} is damaged: {error}") from error
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -52,7 +53,7 @@ def say(message: str) -> None:
 def start(recipe: Recipe, out: Path, accelerator: Accelerator | None = None) -> Outcome:
     """Train from the beginning into a new or empty folder. ValueError where it holds anything."""
     accelerator = accelerator or make_accelerator(recipe, out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(p.name != f".{RECIPE}.partial" for p in out.iterdir())):     # what a kill may leave
         raise ValueError(f"{out} is not empty: choose another --out, or continue it with --resume {out}")
     run = assemble(recipe, accelerator)
     accelerator.wait_for_everyone()                                             # every process has looked before one writes
@@ -84,12 +85,13 @@ def train(run: Run, out: Path) -> Outcome:
         first, skipped = restore(run, out)
         if first >= recipe.steps:
             if main:
+                checkpoint.prune(out / CHECKPOINTS, recipe.keep)                # a kill may have come between the last save and its pruning
                 say(f"{out} is finished: {recipe.steps} of {recipe.steps} steps. Export it with: stepdistill export {out} --to FOLDER")
             return Outcome(str(out), first, recipe.steps, True, already=True, skipped=skipped)
         log = Log(out, first) if main else None
         accelerator.init_trackers("trackers", config=None)
         bar = tqdm(total=recipe.steps, initial=first, disable=not main, file=sys.stderr, unit="step", dynamic_ncols=True, desc=out.name)
-        means, bad = Means(), 0
+        means, bad = Means(), Counter[str]()                                    # skips in a row, of each of the method's losses
         for step in range(first, recipe.steps):
             stage, begins = run.stage_at(step)
             if begins:
@@ -101,14 +103,14 @@ def train(run: Run, out: Path) -> Outcome:
                 batches, logs = run_update(run, step, index, update, batches)
                 norms = run.optim.step(update.trains)
                 if not all(math.isfinite(n) for n in norms.values()):
-                    bad, skipped = bad + 1, skipped + 1
+                    bad[update.loss], skipped = bad[update.loss] + 1, skipped + 1
                     if main:
                         say(f"step {step}: gradient of {', '.join(n for n in norms if not math.isfinite(norms[n]))} is not finite; skipped")
-                    if bad >= recipe.max_skips:
-                        raise FloatingPointError(f"{bad} updates in a row had no finite gradient; the run stops at step {step}. The last "
+                    if bad[update.loss] >= recipe.max_skips:
+                        raise FloatingPointError(f"{recipe.max_skips} {update.loss} updates in a row had no finite gradient; the run stops at step {step}. The last "
                                                  "checkpoint is whole: lower the learning rate or use precision: fp32, and resume it")
                     continue
-                bad = 0
+                bad[update.loss] = 0
                 run.method.after_update(run.roles, update, run.optim.counts[update.trains[0]])
                 if run.ema and "student" in update.trains:
                     run.ema.after(run.roles.module("student"), run.optim.counts["student"])
@@ -129,6 +131,7 @@ def train(run: Run, out: Path) -> Outcome:
             bar.update()
             if halt and not last:
                 bar.close()
+                accelerator.end_training()
                 if main:
                     say(f"stopped by {halt.name} after step {done}, saved; continue with: stepdistill train --resume {out}")
                 return Outcome(str(out), done, recipe.steps, False, skipped=skipped, seconds=time.monotonic() - began)

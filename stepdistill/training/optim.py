@@ -87,19 +87,19 @@ class Optimizers:
         return {name: rate(self.recipes[name], self.counts[name], self.horizons[name]) for name in self.counts}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every moment, flat."""
-        return {f"{name}/{i}/{field}": value for name, optimizer in self._optimizers.items()
-                for i, state in optimizer.state_dict()["state"].items() for field, value in state.items() if isinstance(value, Tensor)}
+        """Every moment, flat. Whole numbers (8-bit Adam's own count) become integer tensors and come back from them."""
+        return {f"{name}/{i}/{field}": torch.as_tensor(value) for name, optimizer in self._optimizers.items()
+                for i, state in optimizer.state_dict()["state"].items() for field, value in state.items() if isinstance(value, int | Tensor)}
 
     def load(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         """Inverse of `tensors` and `counts`."""
         self.counts = {name: int(counts[name]) for name in self.counts}
         for name, optimizer in self._optimizers.items():
-            state: dict[int, dict[str, Tensor]] = {}
+            state: dict[int, dict[str, Tensor | int]] = {}
             for path, value in tensors.items():
                 role, index, field = path.split("/")
                 if role == name:
-                    state.setdefault(int(index), {})[field] = value
+                    state.setdefault(int(index), {})[field] = int(value) if value.dtype == torch.int64 and not value.ndim else value
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def bytes(self, name: str) -> int:

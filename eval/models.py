@@ -1,0 +1,92 @@
+"""Opening what a user wants scored or sampled: an exported student, or the teacher of a shipped world."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from stepdistill.eval import protocol, score
+from stepdistill.eval.extractors import digest
+from stepdistill.eval.generate import generate
+
+from stepdistill import worlds
+from stepdistill.diffusion.sampler import SamplerSpec
+from stepdistill.diffusion.times import trailing
+from stepdistill.export import load_student
+from stepdistill.models.load import Teacher, load_teacher
+
+TEACHER_STEPS, TEACHER_SOLVER = 50, "dpmpp_2m"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and how it is sampled. `name` is what the user called it."""
+
+    name: str
+    teacher: Teacher
+    spec: SamplerSpec
+    is_teacher: bool
+
+    def class_number(self, label: str) -> int:
+        """A class by name or number; ValueError naming the classes."""
+        names = self.teacher.labels
+        lowered = [n.lower() for n in names]
+        if label.lower() in lowered:
+            return lowered.index(label.lower())
+        if label.isdigit() and int(label) < len(names):
+            return int(label)
+        raise ValueError(f"no class {label!r}; there are {', '.join(names)} (or 0..{len(names) - 1})")
+
+
+    def describe(self) -> dict[str, Any]:
+        """The result file's model block: name, digest of the weights, and of a student its recipe's method, step and average."""
+        weights = sorted((self.teacher.folder / "unet").glob("*.safetensors")) or sorted(self.teacher.folder.glob("*.safetensors"))
+        notes = {key: self.teacher.notes[key] for key in ("method", "step", "ema") if key in self.teacher.notes}
+        return {"name": self.name, "is_teacher": self.is_teacher, "sha256": digest(weights[0]), **notes}
+
+
+def open_model(name: str, steps: int | None = None, guidance: float | None = None, *, solver: str | None = None,
+               device: torch.device | str = "cpu", autocast: torch.dtype | None = None) -> Opened:
+    """`name` is an exported folder or "teacher:WORLD". Steps, guidance and a teacher's solver override the model's own."""
+    if name.startswith("teacher:") or worlds.teacher_folder(name):
+        teacher = load_teacher(name, device=device, autocast=autocast)
+        chosen = solver or TEACHER_SOLVER
+        if chosen not in ("ddim", "heun", "dpmpp_2m"):
+            raise ValueError(f"unknown solver {chosen!r}: ddim, heun or dpmpp_2m")
+        spec = SamplerSpec(trailing(steps or TEACHER_STEPS), renoise=0, solver=cast(Literal["ddim", "heun", "dpmpp_2m"], chosen),
+                           guidance=1.0 if guidance is None else guidance)
+        opened = Opened(name, teacher, spec, True)
+    else:
+        student, spec = load_student(Path(name), device=device, autocast=autocast)
+        if solver:
+            raise ValueError("--solver is for teachers; a student is sampled as it was trained")
+        spec = spec.at(steps) if steps else spec
+        opened = Opened(name, student, spec if guidance is None else spec.guided(guidance), False)
+    if opened.spec.guidance != 1 and opened.teacher.null_class is None:
+        raise ValueError(f"{name} has no null class, so it cannot be guided: leave --guidance at 1")
+    return opened
+
+
+def evaluate(model: str, protocol_name: str, count: int, to: Path, *, steps: int | None = None, guidance: float | None = None,
+             solver: str | None = None, seed: int = 0, batch_size: int = 100, device: torch.device | str = "cpu",
+             quiet: bool = False) -> dict[str, Any]:
+    """Generate in fp32, score, and write the result file with features and samples beside it; returns the result.
+
+    Raises ValueError or FileNotFoundError before anything is generated where model, protocol or target file are unfit.
+    """
+    exam = protocol.get(protocol_name, count, seed)
+    if to.is_dir() or to.suffix != ".json":
+        raise ValueError(f"{to} must name a .json file")
+    opened = open_model(model, steps, guidance, solver=solver, device=device)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    started, began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
+    made = generate(opened.teacher, opened.spec, exam.count, exam.seed, batch_size=batch_size, quiet=quiet)
+    scored = score.score(made.images, made.labels, exam)
+    return score.write_result(
+        to, exam, scored, model=opened.describe(), sampler={**opened.spec.to_dict(), "nfe": opened.spec.nfe}, images=made.images,
+        speed={"ms_per_image": made.ms_per_image, "batch_size": batch_size, "precision": "fp32"}, env=score.environment(device),
+        started=started, seconds=round(time.monotonic() - began, 1))

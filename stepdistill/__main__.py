@@ -1,0 +1,5 @@
+"""python -m stepdistill"""
+
+from stepdistill.cli import main
+
+main()

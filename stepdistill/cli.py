@@ -1,0 +1,277 @@
+"""The commands. Each is a few lines over the library.
+
+Exit codes: 0 done, 2 the user's input (one line that names the remedy), 1 a fault of ours, 130 interrupted. With --json one JSON object
+goes to standard output and everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+                  help="Turn any diffusers pipeline into a one-to-four-step one.",
+                  epilog="First try: `bash scripts/quickstart.sh`, or `stepdistill train --config fashion/dmd2 --out runs/first`.")
+bench = typer.Typer(no_args_is_help=True, help="Timings of the toolkit itself.")
+app.add_typer(bench, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+Config = Annotated[str | None, typer.Option("--config", help="a recipe: a YAML file, or the short name of a shipped one (fashion/dmd2)")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="keys to change: steps=500 method.gan_weight=0")]
+Batch = Annotated[int, typer.Option(help="pictures made at a time; changes speed, never a picture")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: what accelerate finds")]
+
+
+def show(value: Any, as_json: bool, human: str) -> None:
+    """Print a result for a program or for a person."""
+    print(json.dumps(value) if as_json else human)
+
+
+def pick_device(name: str | None) -> Any:
+    """The device named, or the accelerator if there is one."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config: Config = None,
+    out: Annotated[Path | None, typer.Option(help="a new folder for the run")] = None,
+    resume: Annotated[Path | None, typer.Option(help="a run folder to continue")] = None,
+    dry_run: Annotated[bool, typer.Option(help="build everything, time one iteration, write nothing")] = False,
+    as_json: Json = False,
+) -> None:
+    """Distil a teacher: `stepdistill train --config fashion/dmd2 steps=600 --out runs/mine`.
+
+    Ctrl-C saves and exits with 130; `--resume RUN` continues bit for bit.
+    """
+    from stepdistill import recipe
+    from stepdistill.training import loop
+
+    if resume is not None:
+        if config or out or overrides or dry_run:
+            raise ValueError("--resume takes the recipe from the run folder: give it alone, without --config, --out or key=value")
+        outcome = loop.resume(resume)
+    else:
+        if config is None:
+            raise ValueError(f"name a recipe with --config ({', '.join(recipe.names())}, or a YAML file), or a run with --resume")
+        chosen = recipe.load(config, overrides or [])
+        if dry_run:
+            return _dry_run(chosen, as_json)
+        if out is None:
+            raise ValueError("name a new folder for the run with --out")
+        outcome = loop.start(chosen, out)
+    if int(os.environ.get("RANK", "0")) == 0:
+        done = f"{outcome.step} of {outcome.steps} steps in {outcome.folder}"
+        show(outcome.to_dict(), as_json, f"{done}\nnext: stepdistill export {outcome.folder} --to FOLDER" if outcome.finished else done)
+    if not outcome.finished:
+        raise typer.Exit(130)
+
+
+def _dry_run(chosen: Any, as_json: bool) -> None:
+    from stepdistill.training import loop, measure
+    from stepdistill.training.assemble import assemble
+
+    report = measure.dry_run(assemble(chosen, loop.make_accelerator(chosen, None)))
+    mib = 2**20
+    lines = [f"{'role':<10}{'parameters':>12}{'weights':>11}{'gradients':>11}{'optimizer':>11}   MiB"]
+    lines += [f"{name:<10}{row['parameters']:>12,}" + "".join(f"{row[k] / mib:>11.1f}" for k in ("weights", "gradients", "optimizer"))
+              for name, row in report["bytes"].items()]
+    lines += [f"in all {report['total_bytes'] / mib:.1f} MiB without activations, on {report['device']}", "passes of one iteration "
+              f"({report['steps_per_iteration']} steps; updates {report['updates_per_iteration']}):"]
+    lines += [f"  {p['role']:<10}{p['rows']:>5} samples, gradient: {p['gradient']}" for p in report["passes"]]
+    lines += [f"one iteration {report['iteration_seconds']:.2f} s; {chosen.steps} steps in about {report['eta_seconds'] / 60:.1f} min"]
+    show(report, as_json, "\n".join(lines))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    to: Annotated[Path, typer.Option(help="a new folder for the pipeline")],
+    raw: Annotated[bool, typer.Option(help="the last weights instead of their moving average")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a trained student as a diffusers folder that loads without stepdistill."""
+    from stepdistill.export import export as write
+
+    done = write(run, to, weights="raw" if raw else "ema")
+    hint = f"next: stepdistill sample {done.folder} --to pictures --count 40"
+    show(done.to_dict(), as_json, f"student of step {done.step} in {done.folder}\n{hint}")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="an exported folder, or teacher:fashion")],
+    to: Annotated[Path, typer.Option(help="a new folder for 000000.png ... and grid.png")],
+    count: Annotated[int, typer.Option(min=1)] = 40,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="network calls per picture; default: the model's own")] = None,
+    guidance: Annotated[float | None, typer.Option(help="w in null + w·(cond - null); default: the model's own")] = None,
+    label: Annotated[str | None, typer.Option(help="one class, by name or number; default: all in turn")] = None,
+    prompt: Annotated[str | None, typer.Option(help="for text-conditional models")] = None,
+    batch_size: Batch = 100,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Make pictures. Picture i depends on the seed and on i alone."""
+    from stepdistill.eval.generate import balanced, generate
+    from stepdistill.eval.models import open_model
+    from stepdistill.images import grid, save_png, to_image
+
+    _fresh(to)
+    opened = open_model(model, steps, guidance, device=pick_device(device))
+    if prompt is not None:
+        raise ValueError(f"{model} is class-conditional: name a class with --label ({', '.join(opened.teacher.labels[:3])}, ...)")
+    choose = balanced(opened.teacher.classes) if label is None else (lambda i, n=opened.class_number(label): n)
+    made = generate(opened.teacher, opened.spec, count, seed, batch_size=batch_size, label=choose)
+    to.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(made.images):
+        save_png(to_image(picture), to / f"{i:06d}.png")
+    save_png(grid(made.images[:100], columns=min(10, count)), to / "grid.png")
+    value = {"folder": str(to), "count": count, "seed": seed, "sampler": opened.spec.to_dict(), "nfe": opened.spec.nfe,
+             "ms_per_image": made.ms_per_image}
+    show(value, as_json, f"{count} pictures and grid.png in {to} ({made.ms_per_image:.1f} ms each)")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="an exported folder, or teacher:fashion")],
+    to: Annotated[Path, typer.Option(help="the result file, result.json")],
+    protocol: Annotated[str, typer.Option(help="which exam: fashion")] = "fashion",
+    count: Annotated[int, typer.Option(min=50, help="pictures; scores of unequal counts are never compared")] = 10000,
+    steps: Annotated[int | None, typer.Option(min=1, help="network calls per picture; default: the model's own")] = None,
+    guidance: Annotated[float | None, typer.Option(help="w; default: the model's own")] = None,
+    solver: Annotated[str | None, typer.Option(help="for a teacher: ddim, heun or dpmpp_2m")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: Batch = 100,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model in fp32 and write a result file with its protocol, sampler and error bars."""
+    from stepdistill.eval.models import evaluate as score
+
+    result = score(model, protocol, count, to, steps=steps, guidance=guidance, solver=solver, seed=seed, batch_size=batch_size,
+                   device=pick_device(device))
+    lines = [f"{name:<20}{m['value']:>10.4f} ± {m['se']:.4f}" for name, m in result["metrics"].items()]
+    show(result, as_json, "\n".join([*lines, f"written to {to}"]))
+
+
+@app.command()
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="result files of one protocol; the first is the one compared with")],
+    to: Annotated[Path, typer.Option(help="a folder for report.md, the grid and the plot")],
+    as_json: Json = False,
+) -> None:
+    """Put results of one protocol into a table, a picture grid and a quality-against-NFE plot."""
+    from stepdistill.eval.report import compare as write
+
+    report = write(results, to)
+    show(report, as_json, f"report in {to / 'report.md'}")
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the distillation methods, their papers, data and roles."""
+    from stepdistill.methods import METHODS
+
+    rows = [{"name": name, "title": m.title, "arxiv": m.arxiv, "family": m.family,
+             "data": sorted({type(s).__name__.lower() for s in m.data(m.Config()).values()}), "roles": list(m.needs(m.Config()))}
+            for name, m in METHODS.items()]
+    lines = [f"{r['name']:<14}{r['title']} (arXiv:{r['arxiv']}; {r['family']}; reads {', '.join(r['data'])})" for r in rows]
+    show(rows, as_json, "\n".join(lines))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Examine the environment: versions, device, attention back ends, threads, and where data and weights are looked for."""
+    from stepdistill.doctor import examine
+
+    report = examine()
+    show(report, as_json, "\n".join(f"{key:<22}{value}" for key, value in report.items()))
+
+
+@bench.command("step")
+def bench_step(config: Config = None, overrides: Overrides = None, repeats: Annotated[int, typer.Option(min=1)] = 30,
+               as_json: Json = False) -> None:
+    """Time an iteration against the bare network passes it needs, alternating in one process."""
+    from tqdm import tqdm
+
+    from stepdistill import recipe
+    from stepdistill.training import loop, measure
+    from stepdistill.training.assemble import assemble
+
+    if config is None:
+        raise ValueError(f"name a recipe with --config ({', '.join(recipe.names())}, or a YAML file)")
+    chosen = recipe.load(config, overrides or [])
+    run = assemble(chosen, loop.make_accelerator(chosen, None))
+    with tqdm(total=repeats, file=sys.stderr, desc="bench step", dynamic_ncols=True) as bar:
+        report = measure.bench_step(run, repeats, lambda n: bar.update(n - bar.n))
+    human = (f"iteration {report['iteration_seconds']:.3f} s, bare passes {report['passes_seconds']:.3f} s, ratio {report['ratio']:.3f} "
+             f"(median of {repeats}; {report['steps_per_iteration']} steps an iteration, {len(report['passes'])} passes)")
+    show(report, as_json, human)
+
+
+def _fresh(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: choose another --to")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit with its code."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; the exit code."""
+    show_trace = os.environ.get("STEPDISTILL_TRACEBACK") == "1"
+    try:
+        code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if show_trace:
+            traceback.print_exc()
+        print(f"stepdistill: {_line(error)}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if type(error).__name__ in ("Abort",):
+            return 130
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):    # the parser's own errors
+            message = error.format_message()
+            if message:
+                print(f"stepdistill: {' '.join(message.split())} (see --help)", file=sys.stderr)
+            return int(error.exit_code) if message else 2
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            print("stepdistill: too little memory: lower batch_size, or raise accumulate to keep it", file=sys.stderr)
+            return 2
+        if isinstance(error, FloatingPointError):
+            print(f"stepdistill: {error}", file=sys.stderr)
+            return 1
+        traceback.print_exc()
+        return 1
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror or error}: {error.filename}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

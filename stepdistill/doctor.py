@@ -1,0 +1,98 @@
+"""What this environment can do, and where data and weights are looked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from stepdistill import worlds
+from stepdistill.worlds.fashion import data
+
+PACKAGES = ("stepdistill", "torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors", "torch-fidelity")
+
+
+def examine() -> dict[str, Any]:
+    """Plain JSON values: versions, device, attention back ends, threads, data, weights."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    teacher = worlds.teacher_folder("fashion")
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "device": device,
+        "bf16": "in hardware" if _has_bf16() else "emulated: precision fp32 may be faster here",
+        "threads": torch.get_num_threads(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+        "attention": ", ".join(attention()),
+        "xformers": xformers(),
+        "compiler": "triton" if torch.cuda.is_available() and importlib.util.find_spec("triton") else "inductor C++ (CPU)",
+        "fashion data": fashion_data(),
+        "fashion teacher": str(teacher) if teacher and teacher.is_dir() else "missing from this installation",
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = file.read()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags or "bf16" in flags
+
+
+def attention() -> list[str]:
+    """Scaled-dot-product kernels that answered a small call on this device, forward and backward."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    place, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    works = []
+    for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+        q = torch.randn(1, 2, 16, 32, device=place, dtype=dtype, requires_grad=True)
+        try:
+            with sdpa_kernel(getattr(SDPBackend, name)):
+                torch.nn.functional.scaled_dot_product_attention(q, q, q).float().sum().backward()
+            works.append(name.lower().removesuffix("_attention"))
+        except RuntimeError:
+            continue
+    return works
+
+
+def xformers() -> str:
+    """Does the installed xformers run here?"""
+    if importlib.util.find_spec("xformers") is None:
+        return "not installed; attention falls back to SDPA"
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        place = "cuda" if torch.cuda.is_available() else "cpu"
+        q = torch.randn(1, 16, 2, 32, device=place, dtype=torch.bfloat16 if place == "cuda" else torch.float32)
+        memory_efficient_attention(q, q, q)
+        return f"{_version('xformers')} works"
+    except Exception as error:
+        why = f"on this device with torch {torch.__version__} ({type(error).__name__})"
+        return f"{_version('xformers')} is installed but cannot run {why}; SDPA is used"
+
+
+def fashion_data() -> str:
+    """The folder Fashion-MNIST would be read from."""
+    named = os.environ.get(data.ENVIRONMENT)
+    try:
+        data.load("test", named or data.DEBIAN)
+        return named or str(data.DEBIAN)
+    except OSError as error:
+        if named:                                       # a folder that was named is never replaced in silence by another
+            return f"{data.ENVIRONMENT} names a folder that cannot be read: {error}"
+    return f"not on this machine yet: {data.ENVIRONMENT} names a folder, or torchvision downloads it"

@@ -1,0 +1,131 @@
+"""Results side by side: the order of rows, paired differences, the files, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+from stepdistill.eval import metrics, protocol, report, score
+
+COUNT = 100
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch) -> protocol.Reference:
+    """Few test features, so that kernels are quick."""
+    whole = protocol.fashion_reference()
+    small = dataclasses.replace(whole, test_features=whole.test_features[:500], test_labels=whole.test_labels[:500])
+    monkeypatch.setattr(report, "fashion_reference", lambda: small)
+    return small
+
+
+@pytest.fixture
+def made(tmp_path, reference):
+    """make(stem, name, nfe, shift): a result whose features are training features moved by `shift`, with equal noise in all of them."""
+
+    def make(stem, name, steps, shift, *, is_teacher=False, guidance=1.0, seed=0, with_features=True):
+        p = protocol.get("fashion", COUNT, seed)
+        rows = torch.stack([(reference.train_labels == c).nonzero()[: COUNT // 10, 0] for c in range(10)], 1).flatten()
+        features, labels = reference.train_features[rows] + shift, torch.arange(COUNT) % 10
+        hits = torch.arange(COUNT) >= 40 * shift
+        estimates = {
+            "frechet_fashion": metrics.frechet_estimate(score.groups(features, p), reference.train),
+            "kid_fashion": metrics.kid_estimate(score.kernel_sums(features, p, reference)),
+            "precision_fashion": metrics.proportion(hits), "recall_fashion": metrics.proportion(hits), "accuracy_fashion": metrics.proportion(hits),
+        }
+        scored = score.Scored(estimates, features, labels, torch.where(hits, labels, (labels + 1) % 10))
+        images = torch.full((COUNT, 1, 28, 28), 128, dtype=torch.uint8)
+        path = tmp_path / f"{stem}.json"
+        score.write_result(path, p, scored, model={"name": name, "is_teacher": is_teacher}, images=images, speed={"ms_per_image": 2.0 * steps},
+                           sampler={"nfe": steps * (1 if guidance == 1 else 2), "times": [0.5] * steps, "guidance": guidance},
+                           env={}, started="", seconds=0.0)
+        if not with_features:
+            score.features_path(path, "fashion").unlink()
+        return path
+
+    return make
+
+
+def test_report(made, tmp_path):
+    """A student named first still stands below the teachers."""
+    paths = [made("s4", "runs/dmd2/export", 4, 0.1), made("t2", "teacher:fashion", 2, 0.3, is_teacher=True),
+             made("t50", "teacher:fashion", 50, 0.05, is_teacher=True, guidance=1.5), made("s1", "runs/dmd2/export", 1, 0.2)]
+    to = tmp_path / "deep" / "report"
+    value = report.compare(paths, to)
+    assert [row["label"] for row in value["rows"]] == ["teacher, 50 steps, w = 1.5", "teacher, 2 steps", "export, 1 step", "export, 4 steps"]
+    assert [row["nfe"] for row in value["rows"]] == [100, 2, 1, 4]
+    assert sorted(p.name for p in to.iterdir()) == ["quality_vs_nfe.png", "report.json", "report.md", "samples.png"]
+    assert json.loads((to / "report.json").read_text()) == value
+    assert not list(to.parent.glob(".*"))
+    page = (to / "report.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in table[1:5]] == [row["label"] for row in value["rows"]]
+    assert table[1].split("|")[2].strip() == "100" and table[1].split("|")[-2].strip() == "100.00"
+    for name in ("quality_vs_nfe.png", "samples.png"):
+        assert min(Image.open(to / name).size) > 200 and name in page
+
+
+def test_differences_are_paired(made, tmp_path, reference):
+    paths = [made("t", "teacher:fashion", 50, 0.1, is_teacher=True), made("s", "export", 1, 0.2)]
+    first, second = report.compare(paths, tmp_path / "out")["rows"]
+    assert first["difference"] is None
+    delta, single = second["difference"], second["metrics"]
+    assert list(delta) == ["frechet_fashion", "kid_fashion", "accuracy_fashion"]
+    for name, block in delta.items():
+        assert block["delta"] == pytest.approx(single[name]["value"] - first["metrics"][name]["value"])
+        assert block["ci95"][0] < block["corrected"] < block["ci95"][1]
+    # equal covariances: the distance grows by the squared shift, and by twice the shift times the offset of the means
+    rows = score.read_tensors(score.features_path(paths[0], "fashion"), score.read_result(paths[0]))["features"].double()
+    offset = float((rows.mean(0) - reference.train.mean).sum())
+    assert delta["frechet_fashion"]["delta"] == pytest.approx(2 * 0.1 * offset + 64 * 0.1**2, rel=1e-3)
+    assert delta["frechet_fashion"]["se"] < single["frechet_fashion"]["se"]
+
+
+def test_without_features_or_samples_the_rest_is_written(made, tmp_path):
+    paths = [made("t", "teacher:fashion", 50, 0.1, is_teacher=True), made("s", "export", 1, 0.2, with_features=False)]
+    for path in paths:
+        score.samples_path(path).unlink()
+    value = report.compare(paths, tmp_path / "out")
+    assert value["rows"][1]["difference"] == {}
+    assert "Difference" not in (tmp_path / "out" / "report.md").read_text()
+    assert not (tmp_path / "out" / "samples.png").exists()
+
+
+def test_a_second_report_replaces_the_first(made, tmp_path):
+    a, b = made("a", "a", 1, 0.1), made("b", "b", 1, 0.2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    report.compare([a], tmp_path / "out")
+    report.compare([a, b], tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "report.json").read_text())["rows"]) == 2
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_equal_names_are_told_apart(made, tmp_path):
+    value = report.compare([made("x", "run/a", 1, 0.1), made("y", "run/a", 1, 0.2)], tmp_path / "out")
+    assert [row["label"] for row in value["rows"]] == ["a, 1 step (x)", "a, 1 step (y)"]
+
+
+def test_unequal_protocols_are_refused(made, tmp_path):
+    with pytest.raises(ValueError, match=r"different protocols \(seed: 0 and 1\)") as caught:
+        report.compare([made("a", "a", 1, 0.1), made("b", "b", 1, 0.1, seed=1)], tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_other_wrong_input(made, tmp_path):
+    path = made("a", "a", 1, 0.1)
+    with pytest.raises(ValueError, match="twice"):
+        report.compare([path, path], tmp_path / "out")
+    with pytest.raises(ValueError, match="at least one"):
+        report.compare([], tmp_path / "out")
+    with pytest.raises(ValueError, match="is a file"):
+        report.compare([path], path)
+    with pytest.raises(FileNotFoundError, match="stepdistill eval"):
+        report.compare([tmp_path / "none.json"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(("value", "se", "text"), [(8.7123, 0.0512, "8.712 ± 0.051"), (0.5, 0.2, "0.50 ± 0.20"), (123.4, 12.0, "123 ± 12"),
+                                                   (0.25, 0.0, "0.2500 ± 0.0000")])
+def test_numbers_stop_at_their_error(value, se, text):
+    assert report._number(value, se) == text
