@@ -72,7 +72,7 @@ class Fashion:
         config = fashion_file(classifier.CONFIG, "scripts/train_classifier.py")
         try:
             architecture = json.loads(config.read_text())["architecture"]
-            tensors = {k: v.float() if v.is_floating_point() else v for k, v in load_file(weights).items()}
+            tensors = load_file(weights)                                         # fp16; copied into fp32 parameters below
         except (KeyError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"{config} or {weights.name} beside it is damaged ({error}): reinstall stepdistill") from error
         self.net = classifier.Classifier(classifier.Architecture.read(architecture))

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import datetime
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
+
+from stepdistill import worlds
+from stepdistill.diffusion.sampler import SamplerSpec, Solver
+from stepdistill.diffusion.times import trailing
 from stepdistill.eval import protocol, score
 from stepdistill.eval.extractors import digest
 from stepdistill.eval.generate import generate
-
-from stepdistill import worlds
-from stepdistill.diffusion.sampler import SamplerSpec
-from stepdistill.diffusion.times import trailing
 from stepdistill.export import load_student
 from stepdistill.models.load import Teacher, load_teacher
-
-TEACHER_STEPS, TEACHER_SOLVER = 50, "dpmpp_2m"
 
 
 @dataclass(frozen=True)
@@ -50,30 +48,32 @@ class Opened:
 
 
 def open_model(name: str, steps: int | None = None, guidance: float | None = None, *, solver: str | None = None,
-               device: torch.device | str = "cpu", autocast: torch.dtype | None = None) -> Opened:
-    """`name` is an exported folder or "teacher:WORLD". Steps, guidance and a teacher's solver override the model's own."""
+               renoise: float | None = None, device: torch.device | str = "cpu", autocast: torch.dtype | None = None) -> Opened:
+    """`name` is an exported folder or "teacher:WORLD". Steps and guidance override the model's own sampler; so do solver and renoise
+    for a teacher, whose own sampler is the one its model card calls its best setting."""
     if name.startswith("teacher:") or worlds.teacher_folder(name):
         teacher = load_teacher(name, device=device, autocast=autocast)
-        chosen = solver or TEACHER_SOLVER
-        if chosen not in ("ddim", "heun", "dpmpp_2m"):
-            raise ValueError(f"unknown solver {chosen!r}: ddim, heun or dpmpp_2m")
-        spec = SamplerSpec(trailing(steps or TEACHER_STEPS), renoise=0, solver=cast(Literal["ddim", "heun", "dpmpp_2m"], chosen),
-                           guidance=1.0 if guidance is None else guidance)
-        opened = Opened(name, teacher, spec, True)
+        own = SamplerSpec.from_dict(dict(teacher.notes["sampler"]))
+        if solver is not None:
+            own = replace(own, solver=cast(Solver, solver), renoise=renoise or 0.0)
+        elif renoise is not None:
+            own = replace(own, renoise=renoise)
+        opened = Opened(name, teacher, replace(own, times=trailing(steps)) if steps else own, True)
     else:
-        student, spec = load_student(Path(name), device=device, autocast=autocast)
-        if solver:
-            raise ValueError("--solver is for teachers; a student is sampled as it was trained")
-        spec = spec.at(steps) if steps else spec
-        opened = Opened(name, student, spec if guidance is None else spec.guided(guidance), False)
+        student, own = load_student(Path(name), device=device, autocast=autocast)
+        if solver is not None or renoise is not None:
+            raise ValueError("--solver and --renoise are for teachers; a student is sampled as it was trained")
+        opened = Opened(name, student, own.at(steps) if steps else own, False)
+    if guidance is not None:
+        opened = replace(opened, spec=opened.spec.guided(guidance))
     if opened.spec.guidance != 1 and opened.teacher.null_class is None:
         raise ValueError(f"{name} has no null class, so it cannot be guided: leave --guidance at 1")
     return opened
 
 
 def evaluate(model: str, protocol_name: str, count: int, to: Path, *, steps: int | None = None, guidance: float | None = None,
-             solver: str | None = None, seed: int = 0, batch_size: int = 100, device: torch.device | str = "cpu",
-             quiet: bool = False) -> dict[str, Any]:
+             solver: str | None = None, renoise: float | None = None, seed: int = 0, batch_size: int = 100,
+             device: torch.device | str = "cpu", quiet: bool = False) -> dict[str, Any]:
     """Generate in fp32, score, and write the result file with features and samples beside it; returns the result.
 
     Raises ValueError or FileNotFoundError before anything is generated where model, protocol or target file are unfit.
@@ -81,7 +81,7 @@ def evaluate(model: str, protocol_name: str, count: int, to: Path, *, steps: int
     exam = protocol.get(protocol_name, count, seed)
     if to.is_dir() or to.suffix != ".json":
         raise ValueError(f"{to} must name a .json file")
-    opened = open_model(model, steps, guidance, solver=solver, device=device)
+    opened = open_model(model, steps, guidance, solver=solver, renoise=renoise, device=device)
     to.parent.mkdir(parents=True, exist_ok=True)
     started, began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
     made = generate(opened.teacher, opened.spec, exam.count, exam.seed, batch_size=batch_size, quiet=quiet)

@@ -13,10 +13,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from stepdistill.eval.extractors import digest, fashion_file
-from stepdistill.eval.metrics import Moments, frechet
 from torch import Tensor
 
+from stepdistill.eval.extractors import digest, fashion_file
+from stepdistill.eval.metrics import Moments, frechet
 from stepdistill.worlds.fashion import classifier, data
 
 REFERENCE = "reference.safetensors"                     # in the fashion world; written by scripts/make_reference.py

@@ -6,20 +6,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from torch import Tensor
+
 from stepdistill.eval import metrics, score
 from stepdistill.eval.metrics import Estimate
 from stepdistill.eval.protocol import Protocol, differing_fields, fashion_reference
-from torch import Tensor
-
 from stepdistill.worlds.fashion.data import CLASSES
 
 INK, GREY, TEACHER = "#1f2933", "#8a94a0", "#52606d"
@@ -35,6 +36,7 @@ class Row:
     path: Path
     model: str
     label: str
+    steps: int
     is_teacher: bool
     result: dict[str, Any]
 
@@ -54,8 +56,8 @@ class Row:
 def compare(results: list[Path], to: Path) -> dict[str, Any]:
     """Write the report into the folder `to`; returns report.json's content.
 
-    Raises ValueError for results of unequal protocols, naming the fields that differ. Teachers come first, the one with most evaluations
-    at the head; every paired difference is to that first row.
+    Raises ValueError for results of unequal protocols, naming the fields that differ. Teachers come first, the one of most steps (and
+    of those the best) at the head; every paired difference is to that first row.
     """
     if to.exists() and not to.is_dir():
         raise ValueError(f"{to} is a file: name a folder with --to")
@@ -104,19 +106,30 @@ def _refuse_mixed(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:
 
 
 def arrange(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> list[Row]:
-    """Teachers before students, teachers from many evaluations to few, students by name and from few to many; labels made unique."""
-    rows = []
+    """Teachers before students; teachers from many steps to few, the best first; students by name, from few to many. Labels are unique."""
+    rows, short = [], _short_names({str(result["model"]["name"]) for _, result in loaded})
     for path, result in loaded:
-        name, sampler = str(result["model"]["name"]), result["sampler"]
-        is_teacher = bool(result["model"].get("is_teacher", False))
-        model = "teacher" if is_teacher else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+        sampler, is_teacher = result["sampler"], bool(result["model"].get("is_teacher", False))
+        model = "teacher" if is_teacher else short[str(result["model"]["name"])]
         steps = len(sampler.get("times", ())) or sampler["nfe"]
         label = f"{model}, {steps} step{'s' if steps != 1 else ''}"
         guidance = float(sampler.get("guidance", 1.0))
-        rows.append(Row(path, model, label if guidance == 1 else f"{label}, w = {guidance:g}", is_teacher, result))
+        rows.append(Row(path, model, label if guidance == 1 else f"{label}, w = {guidance:g}", steps, is_teacher, result))
     labels = [row.label for row in rows]
-    rows = [Row(r.path, r.model, f"{r.label} ({r.path.stem})", r.is_teacher, r.result) if labels.count(r.label) > 1 else r for r in rows]
-    return sorted(rows, key=lambda r: (not r.is_teacher, -r.nfe if r.is_teacher else 0, r.model, r.nfe, r.label))
+    rows = [replace(r, label=f"{r.label} ({r.path.stem})") if labels.count(r.label) > 1 else r for r in rows]
+    head = next(iter(rows[0].result["metrics"]))
+    teachers = sorted((r for r in rows if r.is_teacher), key=lambda r: (-r.steps, r.metric(head)["value"]))
+    return teachers + sorted((r for r in rows if not r.is_teacher), key=lambda r: (r.model, r.nfe, r.label))
+
+
+def _short_names(names: Collection[str]) -> dict[str, str]:
+    """The fewest last parts of each path that keep the names apart."""
+    parts = {name: re.split(r"[/\\]+", name.rstrip("/\\")) for name in names}
+    for depth in range(1, max(map(len, parts.values())) + 1):
+        short = {name: "/".join(p[-depth:]) for name, p in parts.items()}
+        if len(set(short.values())) == len(names):
+            return short
+    return {name: name for name in names}
 
 
 def _differences(rows: Sequence[Row]) -> list[dict[str, Any] | None]:
@@ -219,14 +232,14 @@ def plot_quality(rows: Sequence[Row], name: str) -> Figure:
     if min(values) > 0 and max(values) > 8 * min(values):
         axes.set_yscale("log")
     teachers = [row for row in rows if row.is_teacher]
-    colours = iter(COLOURS * len(rows))
+    colours, labels = iter(COLOURS * len(rows)), []
     for label, line in _series(rows).items():
         colour = TEACHER if line[0].is_teacher else next(colours)
         x, y = [r.nfe for r in line], [r.metric(name)["value"] for r in line]
         half = [(r.metric(name)["ci95"][1] - r.metric(name)["ci95"][0]) / 2 for r in line]
         marker = "s" if line[0].is_teacher else "o"
         axes.errorbar(x, y, half, color=colour, marker=marker, markersize=6, linewidth=1.6, capsize=3, markeredgecolor="white", zorder=3)
-        axes.annotate(label, (x[0], y[0]), xytext=(9, 5), textcoords="offset points", color=colour, fontsize=10, weight="bold", zorder=4)
+        labels.append((label, x[0], y[0], colour))
     if teachers:
         best = min(teachers, key=lambda r: r.metric(name)["value"])
         level = best.metric(name)["value"]
@@ -237,15 +250,33 @@ def plot_quality(rows: Sequence[Row], name: str) -> Figure:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
-    low, high = ticks[0], ticks[-1]
-    axes.set_xlim(low / 1.25, high * (1.6 if high > low else 1.25))
+    axes.set_xlim(ticks[0] / 1.25, ticks[-1] * max(1.5, (ticks[-1] / ticks[0]) ** 0.25))
     _tidy(axes)
     count = rows[0].result["protocol"]["count"]
     axes.set_xlabel("network evaluations per picture (both halves of guidance counted)", color=INK)
     axes.set_title(f"{name}, lower is better ({count:,} pictures, bars: 95 % of the generated sample)", loc="left", fontsize=11, color=INK)
+    _label(figure, axes, labels)
     return figure
+
+
+def _label(figure: Figure, axes: Axes, labels: Sequence[tuple[str, float, float, str]], size: float = 10) -> None:
+    """Names beside the first point of each line, pushed up where they would lie on one another."""
+    figure.draw_without_rendering()                                             # the layout settles where data coordinates lie
+    placed: list[tuple[float, float, float]] = []
+    unit = figure.dpi / 72
+    at = {name: axes.transData.transform((x, y)) / unit for name, x, y, _ in labels}            # in points
+    for name, x, y, colour in sorted(labels, key=lambda item: at[item[0]][1]):
+        left, low, width = at[name][0] + 9, at[name][1] + 4, 0.65 * size * len(name)
+        for other_left, other_low, other_width in placed:
+            if left < other_left + other_width and other_left < left + width and low < other_low + 1.25 * size:
+                low = other_low + 1.25 * size
+        placed.append((left, low, width))
+        axes.annotate(name, (x, y), xytext=(9, low - at[name][1]), textcoords="offset points", color=colour, fontsize=size, weight="bold",
+                      zorder=4, path_effects=[withStroke(linewidth=3, foreground="white")])
 
 
 def _tidy(axes: Axes) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor
+
 from stepdistill.eval import metrics
 from stepdistill.eval.extractors import EXTRACTORS, extract
 from stepdistill.eval.metrics import Estimate, Moments
 from stepdistill.eval.protocol import Protocol, Reference, fashion_reference, hash_of
-from torch import Tensor
 
 SAMPLES = 100                                           # pictures kept beside a result for the grid
 KEYS = frozenset(("protocol", "protocol_hash", "model", "sampler", "metrics", "paired", "teacher", "speed", "env", "started", "seconds",

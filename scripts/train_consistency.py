@@ -1,4 +1,4 @@
-"""Distil with consistency distillation: accelerate launch scripts/train_consistency.py [--config fashion/consistency] [key=value ...] --out RUN"""
+"""Distil by consistency: accelerate launch scripts/train_consistency.py [--config fashion/consistency] [key=value ...] --out RUN"""
 
 import sys
 

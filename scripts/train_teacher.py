@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from stepdistill.diffusion.draws import Draws, key
 from stepdistill.diffusion.process import TableVP
+from stepdistill.diffusion.sampler import SamplerSpec
+from stepdistill.diffusion.times import trailing
 from stepdistill.models.denoiser import attention
 from stepdistill.models.load import NOTES
 from stepdistill.worlds.fashion import data
@@ -130,6 +132,7 @@ def main(
     DDPMScheduler(**SCHEDULER).save_pretrained(out / "teacher")
     (out / "teacher" / NOTES).write_text(json.dumps({
         "codec": {"space_to_depth": 2}, "classes": len(data.CLASSES), "null_class": data.NULL, "labels": data.CLASSES,
+        "sampler": SamplerSpec(trailing(25), renoise=0.3, clip_x0=1.0, guidance=1.5).to_dict(),
         "licence": "Apache-2.0; trained on Fashion-MNIST (MIT)",
         "command": f"python scripts/train_teacher.py --out runs/teacher --updates {updates} --seed {seed}"}, indent=1))
     print(f"teacher written to {out / 'teacher'}")

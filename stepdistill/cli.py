@@ -26,6 +26,8 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard 
 Config = Annotated[str | None, typer.Option("--config", help="a recipe: a YAML file, or the short name of a shipped one (fashion/dmd2)")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="keys to change: steps=500 method.gan_weight=0")]
 Batch = Annotated[int, typer.Option(help="pictures made at a time; changes speed, never a picture")]
+Solver = Annotated[str | None, typer.Option(help="for a teacher: ddim, heun or dpmpp_2m, without re-noising")]
+Renoise = Annotated[float | None, typer.Option(min=0, max=1, help="for a teacher: 0 follows the ODE, 1 re-noises x0, between is both")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: what accelerate finds")]
 
 
@@ -122,6 +124,8 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="network calls per picture; default: the model's own")] = None,
     guidance: Annotated[float | None, typer.Option(help="w in null + w·(cond - null); default: the model's own")] = None,
     label: Annotated[str | None, typer.Option(help="one class, by name or number; default: all in turn")] = None,
+    solver: Solver = None,
+    renoise: Renoise = None,
     prompt: Annotated[str | None, typer.Option(help="for text-conditional models")] = None,
     batch_size: Batch = 100,
     device: Device = None,
@@ -133,7 +137,7 @@ def sample(
     from stepdistill.images import grid, save_png, to_image
 
     _fresh(to)
-    opened = open_model(model, steps, guidance, device=pick_device(device))
+    opened = open_model(model, steps, guidance, solver=solver, renoise=renoise, device=pick_device(device))
     if prompt is not None:
         raise ValueError(f"{model} is class-conditional: name a class with --label ({', '.join(opened.teacher.labels[:3])}, ...)")
     choose = balanced(opened.teacher.classes) if label is None else (lambda i, n=opened.class_number(label): n)
@@ -155,7 +159,8 @@ def evaluate(
     count: Annotated[int, typer.Option(min=50, help="pictures; scores of unequal counts are never compared")] = 10000,
     steps: Annotated[int | None, typer.Option(min=1, help="network calls per picture; default: the model's own")] = None,
     guidance: Annotated[float | None, typer.Option(help="w; default: the model's own")] = None,
-    solver: Annotated[str | None, typer.Option(help="for a teacher: ddim, heun or dpmpp_2m")] = None,
+    solver: Solver = None,
+    renoise: Renoise = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: Batch = 100,
     device: Device = None,
@@ -164,15 +169,15 @@ def evaluate(
     """Score a model in fp32 and write a result file with its protocol, sampler and error bars."""
     from stepdistill.eval.models import evaluate as score
 
-    result = score(model, protocol, count, to, steps=steps, guidance=guidance, solver=solver, seed=seed, batch_size=batch_size,
-                   device=pick_device(device))
+    result = score(model, protocol, count, to, steps=steps, guidance=guidance, solver=solver, renoise=renoise, seed=seed,
+                   batch_size=batch_size, device=pick_device(device))
     lines = [f"{name:<20}{m['value']:>10.4f} ± {m['se']:.4f}" for name, m in result["metrics"].items()]
     show(result, as_json, "\n".join([*lines, f"written to {to}"]))
 
 
 @app.command()
 def compare(
-    results: Annotated[list[Path], typer.Argument(help="result files of one protocol; the first is the one compared with")],
+    results: Annotated[list[Path], typer.Argument(help="result files of one protocol; the teacher with most steps is compared with")],
     to: Annotated[Path, typer.Option(help="a folder for report.md, the grid and the plot")],
     as_json: Json = False,
 ) -> None:
@@ -269,7 +274,7 @@ def run(arguments: list[str]) -> int:
 
 def _line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
-        return f"{error.strerror or error}: {error.filename}"
+        return f"{error.strerror or error}: {error.filename}; check the path and who may write there"
     return " ".join(str(error).split()) or type(error).__name__
 
 

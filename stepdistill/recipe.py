@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from stepdistill import worlds
 from stepdistill.methods import find
 
 
@@ -135,17 +136,21 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse(tree: Mapping[str, Any]) -> Recipe:
-    """Check a plain mapping."""
+    """Check a plain mapping. Paths become absolute, so that a run folder can be used from anywhere."""
     recipe: Recipe = build(Recipe, tree, "")
     if not isinstance(recipe.method.get("name"), str):
         raise ValueError("the recipe lacks method.name; `stepdistill methods` lists them")
     config, method = recipe.method_config, find(recipe.method["name"])
-    trained = [n for n, role in method.needs(config).items() if role.trains]
-    if unknown := sorted(set(recipe.optim) - set(trained)):
+    trained, usually = ([n for n, role in method.needs(c).items() if role.trains] for c in (config, method.Config()))
+    if unknown := sorted(set(recipe.optim) - {*trained, *usually}):
         raise ValueError(f"optim.{unknown[0]}: this configuration of {recipe.method['name']} trains {', '.join(trained)}")
     if missing := [n for n in trained if n not in recipe.optim]:
         raise ValueError(f"optim.{missing[0]} is missing: {recipe.method['name']} trains {', '.join(trained)}; give it an lr")
-    return dataclasses.replace(recipe, method=_resolved(recipe))
+    optim = {n: recipe.optim[n] for n in trained}            # method.gan_weight=0 needs no edit of a recipe that names the discriminator
+    teacher = recipe.teacher if worlds.teacher_folder(recipe.teacher.path) else dataclasses.replace(
+        recipe.teacher, path=str(Path(recipe.teacher.path).expanduser().absolute()))
+    folder = recipe.data.folder and recipe.data.folder.expanduser().absolute()
+    return dataclasses.replace(recipe, method=_resolved(recipe), optim=optim, teacher=teacher, data=DataRecipe(folder))
 
 
 def _resolved(recipe: Recipe) -> dict[str, Any]:
@@ -162,7 +167,7 @@ def build(cls: type, values: Any, where: str) -> Any:
     """A checked instance of a dataclass from plain values; every error is one line naming the key."""
     _check_keys(cls, values, where)
     try:
-        built = TypeAdapter(cls).validate_python(values)
+        built: Any = TypeAdapter(cls).validate_python(_with_group_defaults(cls, values))
         _check_finite(dataclasses.asdict(built), where)
         return built
     except ValidationError as error:
@@ -173,6 +178,15 @@ def build(cls: type, values: Any, where: str) -> Any:
         message = first["msg"].removeprefix("Value error, ")
         got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
         raise ValueError(f"{key + ': ' if key and key not in message else ''}{message}{got}") from error
+
+
+def _with_group_defaults(cls: type, values: Any) -> Any:
+    """A group of keys given in part keeps the rest of its field's own default: `method.times.low=0.1` leaves high alone."""
+    if not isinstance(values, Mapping):
+        return values
+    groups = {f.name: dataclasses.asdict(f.default) for f in dataclasses.fields(cls)
+              if dataclasses.is_dataclass(f.default) and not isinstance(f.default, type)}
+    return {key: {**groups[key], **inner} if key in groups and isinstance(inner, Mapping) else inner for key, inner in values.items()}
 
 
 def _check_finite(value: Any, where: str) -> None:

@@ -60,7 +60,8 @@ def tiny_tree(folder: Path, method: str = "dmd2", **overrides: Any) -> dict[str,
     trained = {"dmd2": ("student", "fake", "disc"), "consistency": ("student",)}[method]
     options = {"dmd2": {"fake_updates": 2, "gan_weight": 0.1}, "consistency": {"intervals": 10}}[method]
     tree: dict[str, Any] = {
-        "teacher": {"path": str(folder / "teacher")}, "method": {"name": method, **options}, "optim": {name: dict(ADAM) for name in trained},
+        "teacher": {"path": str(folder / "teacher")}, "method": {"name": method, **options},
+        "optim": {name: dict(ADAM) for name in trained},
         "data": {"folder": str(folder / "pictures")}, "guidance": 1.5, "steps": 6, "batch_size": 4, "precision": "fp32", "ema_decay": 0.9,
         "checkpoint_every": 2, "log_every": 1, "preview_count": 3, "trackers": []}
     for key, value in overrides.items():
@@ -99,8 +100,8 @@ def final_tensors(run: Path) -> dict[str, Tensor]:
 
 def unequal(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     """Names whose tensors are not the same bit for bit, or that only one side has."""
-    return sorted(set(a) ^ set(b)) + sorted(name for name in set(a) & set(b) if a[name].dtype != b[name].dtype or not torch.equal(
-        a[name].contiguous().view(torch.uint8) if a[name].ndim else a[name], b[name].contiguous().view(torch.uint8) if b[name].ndim else b[name]))
+    bits = lambda t: (t.dtype, t.shape, t.contiguous().reshape(-1).view(torch.uint8).tolist())                 # noqa: E731
+    return sorted(set(a) ^ set(b)) + sorted(name for name in set(a) & set(b) if bits(a[name]) != bits(b[name]))
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

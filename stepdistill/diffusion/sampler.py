@@ -70,10 +70,10 @@ class SamplerSpec:
         return cls(**{**values, "times": tuple(values["times"])})
 
     def at(self, count: int) -> SamplerSpec:
-        """The same sampler with `count` steps; ValueError where the grid is not the trailing one and so says nothing of other counts."""
+        """The same sampler with another count; ValueError unless it re-noises on the trailing grid, which alone says what others mean."""
         if count == len(self.times):
             return self
-        if self.times != trailing(len(self.times)):
+        if self.renoise != 1 or self.times != trailing(len(self.times)):
             raise ValueError(f"this model is sampled in {len(self.times)} steps at its own times {self.times}, not in {count}")
         return replace(self, times=trailing(count))
 

@@ -202,7 +202,7 @@ def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autoca
     process, kind, clock = process_of(scheduler)
     network = keep_output_float32(load_network(inner)).to(device)
     if dtype != torch.float32:
-        network = network.to(dtype)
+        nn.Module.to(network, dtype)                    # diffusers' own logs an empty list of modules it would keep
     config: Any = network.config
     if isinstance(network, UNet2DModel):
         embeds = config.num_class_embeds or 0

@@ -127,7 +127,7 @@ class Roles:
 @torch.no_grad()
 def follow(target: nn.Module, source: nn.Module, decay: float) -> None:
     """Exponential moving average of the weights of one module in another."""
-    mine = list(target.parameters())
+    mine: list[Tensor] = list(target.parameters())
     torch._foreach_lerp_(mine, [theirs.to(p.dtype) for p, theirs in zip(mine, source.parameters(), strict=True)], 1 - decay)
     for buffer, theirs in zip(target.buffers(), source.buffers(), strict=True):
         buffer.copy_(theirs)

@@ -107,8 +107,9 @@ def train(run: Run, out: Path) -> Outcome:
                     if main:
                         say(f"step {step}: gradient of {', '.join(n for n in norms if not math.isfinite(norms[n]))} is not finite; skipped")
                     if bad[update.loss] >= recipe.max_skips:
-                        raise FloatingPointError(f"{recipe.max_skips} {update.loss} updates in a row had no finite gradient; the run stops at step {step}. The last "
-                                                 "checkpoint is whole: lower the learning rate or use precision: fp32, and resume it")
+                        raise FloatingPointError(
+                            f"{recipe.max_skips} {update.loss} updates in a row had no finite gradient; the run stops at step {step}. "
+                            "The last checkpoint is whole: lower the learning rate or use precision: fp32, and resume it")
                     continue
                 bad[update.loss] = 0
                 run.method.after_update(run.roles, update, run.optim.counts[update.trains[0]])

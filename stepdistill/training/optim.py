@@ -88,8 +88,9 @@ class Optimizers:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every moment, flat. Whole numbers (8-bit Adam's own count) become integer tensors and come back from them."""
-        return {f"{name}/{i}/{field}": torch.as_tensor(value) for name, optimizer in self._optimizers.items()
-                for i, state in optimizer.state_dict()["state"].items() for field, value in state.items() if isinstance(value, int | Tensor)}
+        states = {name: optimizer.state_dict()["state"] for name, optimizer in self._optimizers.items()}
+        return {f"{name}/{i}/{field}": torch.as_tensor(value) for name, state in states.items()
+                for i, fields in state.items() for field, value in fields.items() if isinstance(value, int | Tensor)}
 
     def load(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         """Inverse of `tensors` and `counts`."""

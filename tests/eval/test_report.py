@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+
 from stepdistill.eval import metrics, protocol, report, score
 
 COUNT = 100
@@ -32,14 +33,14 @@ def made(tmp_path, reference):
         estimates = {
             "frechet_fashion": metrics.frechet_estimate(score.groups(features, p), reference.train),
             "kid_fashion": metrics.kid_estimate(score.kernel_sums(features, p, reference)),
-            "precision_fashion": metrics.proportion(hits), "recall_fashion": metrics.proportion(hits), "accuracy_fashion": metrics.proportion(hits),
+            **{f"{name}_fashion": metrics.proportion(hits) for name in ("precision", "recall", "accuracy")},
         }
         scored = score.Scored(estimates, features, labels, torch.where(hits, labels, (labels + 1) % 10))
         images = torch.full((COUNT, 1, 28, 28), 128, dtype=torch.uint8)
         path = tmp_path / f"{stem}.json"
-        score.write_result(path, p, scored, model={"name": name, "is_teacher": is_teacher}, images=images, speed={"ms_per_image": 2.0 * steps},
+        score.write_result(path, p, scored, model={"name": name, "is_teacher": is_teacher}, images=images,
                            sampler={"nfe": steps * (1 if guidance == 1 else 2), "times": [0.5] * steps, "guidance": guidance},
-                           env={}, started="", seconds=0.0)
+                           speed={"ms_per_image": 2.0 * steps}, env={}, started="", seconds=0.0)
         if not with_features:
             score.features_path(path, "fashion").unlink()
         return path
@@ -48,12 +49,13 @@ def made(tmp_path, reference):
 
 
 def test_report(made, tmp_path):
-    """A student named first still stands below the teachers."""
+    """A student named first still stands below the teachers; of teachers with equal steps the better stands first."""
     paths = [made("s4", "runs/dmd2/export", 4, 0.1), made("t2", "teacher:fashion", 2, 0.3, is_teacher=True),
              made("t50", "teacher:fashion", 50, 0.05, is_teacher=True, guidance=1.5), made("s1", "runs/dmd2/export", 1, 0.2)]
     to = tmp_path / "deep" / "report"
     value = report.compare(paths, to)
-    assert [row["label"] for row in value["rows"]] == ["teacher, 50 steps, w = 1.5", "teacher, 2 steps", "export, 1 step", "export, 4 steps"]
+    assert [row["label"] for row in value["rows"]] == [
+        "teacher, 50 steps, w = 1.5", "teacher, 2 steps", "export, 1 step", "export, 4 steps"]
     assert [row["nfe"] for row in value["rows"]] == [100, 2, 1, 4]
     assert sorted(p.name for p in to.iterdir()) == ["quality_vs_nfe.png", "report.json", "report.md", "samples.png"]
     assert json.loads((to / "report.json").read_text()) == value
@@ -61,9 +63,11 @@ def test_report(made, tmp_path):
     page = (to / "report.md").read_text()
     table = [line for line in page.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip() for line in table[1:5]] == [row["label"] for row in value["rows"]]
-    assert table[1].split("|")[2].strip() == "100" and table[1].split("|")[-2].strip() == "100.00"
+    assert table[1].split("|")[2].strip() == "100"
+    assert table[1].split("|")[-2].strip() == "100.00"
     for name in ("quality_vs_nfe.png", "samples.png"):
-        assert min(Image.open(to / name).size) > 200 and name in page
+        assert min(Image.open(to / name).size) > 200
+        assert name in page
 
 
 def test_differences_are_paired(made, tmp_path, reference):
@@ -107,10 +111,18 @@ def test_equal_names_are_told_apart(made, tmp_path):
     assert [row["label"] for row in value["rows"]] == ["a, 1 step (x)", "a, 1 step (y)"]
 
 
+def test_models_keep_their_own_names(made, tmp_path):
+    """Folders that end alike are told apart by their parents, in the table and in the plot."""
+    paths = [made("x", "runs/dmd2/student", 1, 0.1), made("y", "runs/lcm/student/", 1, 0.2), made("z", "runs/lcm/student/", 4, 0.1)]
+    assert [r["label"] for r in report.compare(paths, tmp_path / "out")["rows"]] == [
+        "dmd2/student, 1 step", "lcm/student, 1 step", "lcm/student, 4 steps"]
+
+
 def test_unequal_protocols_are_refused(made, tmp_path):
     with pytest.raises(ValueError, match=r"different protocols \(seed: 0 and 1\)") as caught:
         report.compare([made("a", "a", 1, 0.1), made("b", "b", 1, 0.1, seed=1)], tmp_path / "out")
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_wrong_input(made, tmp_path):

@@ -160,9 +160,12 @@ def test_autocast_is_left_as_it_was_when_the_last_layer_raises():
     original, last._conv_forward = last._conv_forward, fail
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
+            x, t, cond = problem(net)
             with pytest.raises(RuntimeError, match="out of memory"):
-                net(*problem(net))
+                net.network(x, (t * 1000).float(), **cond)
             assert torch.is_autocast_enabled("cpu")
+            assert torch.autocast_increment_nesting() == 2                                          # or cast weights would be cached for ever
+            torch.autocast_decrement_nesting()
         assert not torch.is_autocast_enabled("cpu")
     last._conv_forward = original
     with torch.no_grad():

@@ -74,7 +74,8 @@ POINTS: dict[str, Callable[[], None]] = {
     "between rename and prune": lambda: before(checkpoint, "prune", count=3),
     "within prune": lambda: before(checkpoint.shutil, "rmtree", lambda p, *a, **k: Path(p).name == "step-00000002", half=half_a_folder),
     "within a line of the log": lambda: before(log.Log, "write", count=5, half=half_a_line),
-    "within the preview": lambda: before(log, "preview"),
+    "before the picture": lambda: before(log, "save_png"),
+    "within the picture": lambda: before(Path, "replace", lambda path, to: path.name.endswith(".png.partial")),
 }
 
 

@@ -9,11 +9,13 @@ import torch
 
 from stepdistill.training import checkpoint
 
-TENSORS = {"weight": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "step": torch.tensor(3.0), "flags": torch.tensor([1, 255]).to(torch.uint8)}
+TENSORS = {"weight": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "step": torch.tensor(3.0),
+           "flags": torch.tensor([1, 255], dtype=torch.uint8)}
 
 
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, 7, {**TENSORS, "turned": TENSORS["weight"].T}, {"method": {"ratio": 0.1}, "counts": {"student": 2}}, keep=1)
+    state = {"method": {"ratio": 0.1}, "counts": {"student": 2}}
+    path = checkpoint.save(tmp_path, 7, {**TENSORS, "turned": TENSORS["weight"].T}, state, keep=1)
     tensors, state = checkpoint.read(path)
     assert path.name == "step-00000007"
     assert all(torch.equal(tensors[name], value) and tensors[name].dtype == value.dtype for name, value in TENSORS.items())

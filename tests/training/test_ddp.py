@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from training.ranks import gradients
 from safetensors.torch import load_file
 from tiny import final_tensors, tiny_recipe, tiny_run, tiny_tree
 from torch import Tensor
+from training.ranks import gradients
 
 from stepdistill.training import checkpoint, loop
 
@@ -47,9 +47,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def furthest(a: dict[str, Tensor], b: dict[str, Tensor], prefix: str) -> float:
-    names = [name for name in a if name.startswith(prefix)]
+    names = sorted(name for name in a if name.startswith(prefix))
     assert names
-    assert names == [name for name in b if name.startswith(prefix)]
+    assert names == sorted(name for name in b if name.startswith(prefix))
     return max(float((a[name] - b[name]).abs().max()) for name in names)
 
 

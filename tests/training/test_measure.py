@@ -80,7 +80,8 @@ def test_a_replayed_pass_leaves_nothing_behind(base: Path) -> None:
         measure.iterate(run, 0, 2)
     before = {name: [p.detach().clone() for p in run.roles.parameters(name)] for name in run.roles.names}
     calls = []
-    hooks = [run.roles.module(name).register_forward_hook(lambda *a, name=name: calls.append(name)) for name in ("student", "teacher", "fake")]
+    hooks = [denoiser.network.register_forward_hook(lambda *a, name=name: calls.append(name))
+             for name, denoiser in run.roles.denoisers.items()]
     for one in passes:
         measure.replay(run, one)
     assert calls == [p.role for p in passes]
@@ -109,7 +110,8 @@ def test_a_replayed_pass_runs_backward_where_the_loop_did(base: Path, kind: str)
     hook = first.register_forward_hook(watch)
     measure.replay(run, one)
     hook.remove()
-    assert ("first layer" in reached, "its weights" in reached) == {"weights": (True, True), "input": (True, False), "none": (False, False)}[kind]
+    expected = {"weights": (True, True), "input": (True, False), "none": (False, False)}[kind]
+    assert ("first layer" in reached, "its weights" in reached) == expected
 
 
 def test_bench_step(base: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_finished_run_says_so_and_does_nothing(base: Path, capfd: pytest.Captu
 
 
 def test_only_a_run_can_be_resumed(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is not a run: it has no recipe.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"is not a run: it has no recipe\.yaml"):
         loop.resume(tmp_path)
 
 
@@ -186,7 +186,7 @@ def test_nothing_is_made_up_when_every_checkpoint_is_damaged(base: Path, tmp_pat
     for path in checkpoint.listed(out / loop.CHECKPOINTS):
         cut_short(path)
     before = snapshot(out)
-    with pytest.raises(ValueError, match="none of the 2 checkpoints in .* can be read"):
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* can be read"):
         loop.resume(out)
     assert snapshot(out) == before
 
@@ -259,7 +259,7 @@ def killed_runs(base: Path, folder: Path, points: list[str]) -> None:
         out = folder / point.replace(" ", "-")
         assert unequal(final_tensors(out), whole) == [], point
         assert without_seconds(out) == without_seconds(folder / "whole"), point
-        assert set(snapshot(out)) == set(snapshot(folder / "whole")), (point, report[point]["left"])     # nothing left over, nothing missing
+        assert set(snapshot(out)) == set(snapshot(folder / "whole")), (point, report[point]["left"])     # nothing more, nothing less
 
 
 def test_three_kills(base: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,13 +78,16 @@ def _read(folder: Path, split: str) -> Pictures:
 def _idx(folder: Path, name: str, axes: int) -> Tensor:
     for path, opener in ((folder / f"{name}.gz", gzip.open), (folder / name, open)):
         if path.is_file():
-            with opener(path, "rb") as file:
-                raw = file.read()
+            try:
+                with opener(path, "rb") as file:
+                    raw = file.read()
+            except (OSError, EOFError, zlib.error) as error:
+                raise OSError(f"{path} cannot be read: {error}") from error
             if len(raw) < 4 + 4 * axes or raw[:4] != bytes((0, 0, 8, axes)):
                 raise OSError(f"{path} is not an IDX file of {axes} axes")
             shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
-            data = torch.frombuffer(bytearray(raw[4 + 4 * axes :]), dtype=torch.uint8)
-            if data.numel() != torch.Size(shape).numel():
-                raise OSError(f"{path} is cut short: {data.numel()} bytes for shape {shape}")
-            return data.reshape(shape)
+            body = bytearray(raw[4 + 4 * axes :])
+            if len(body) != torch.Size(shape).numel() or not body:
+                raise OSError(f"{path} is cut short: {len(body)} bytes for shape {shape}")
+            return torch.frombuffer(body, dtype=torch.uint8).reshape(shape)
     raise FileNotFoundError(f"{folder} has no {name}[.gz]")
