@@ -21,7 +21,6 @@ import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from torch import Tensor
 
 from stepdistill import recipe as recipes
@@ -31,6 +30,7 @@ from stepdistill.diffusion.sampler import SamplerSpec, start, steps
 from stepdistill.diffusion.times import lcm_grid, trailing
 from stepdistill.export import add_results, export, load_student, scheduler_of, sha256
 from stepdistill.models.load import Teacher
+from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 from stepdistill.training import checkpoint
 from stepdistill.training.loop import start as train
 

@@ -164,7 +164,7 @@ def test_autocast_is_left_as_it_was_when_the_last_layer_raises():
             with pytest.raises(RuntimeError, match="out of memory"):
                 net.network(x, (t * 1000).float(), **cond)
             assert torch.is_autocast_enabled("cpu")
-            assert torch.autocast_increment_nesting() == 2                                          # or cast weights would be cached for ever
+            assert torch.autocast_increment_nesting() == 2                          # or cast weights would be cached for ever
             torch.autocast_decrement_nesting()
         assert not torch.is_autocast_enabled("cpu")
     last._conv_forward = original
