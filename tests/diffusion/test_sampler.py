@@ -82,13 +82,14 @@ def test_specs_survive_json(how):
         SamplerSpec.from_dict({**spec.to_dict(), "eta": 0.3})
 
 
-def test_at_counts_on_the_trailing_grid():
-    spec = SamplerSpec(FOUR, renoise=0.3, guidance=2.0)
-    assert spec.at(8) == SamplerSpec(trailing(8), renoise=0.3, guidance=2.0)
-    own = SamplerSpec(lcm_grid(4))
-    assert own.at(4) is own
-    with pytest.raises(ValueError, match="its own times"):
-        own.at(8)
+def test_at_another_count_needs_renoising_on_the_trailing_grid():
+    spec = SamplerSpec(FOUR, guidance=2.0)
+    assert spec.at(8) == SamplerSpec(trailing(8), guidance=2.0)
+    assert spec.at(4) is spec
+    for other in (SamplerSpec((1.0, 0.3)), SamplerSpec(FOUR, renoise=0.3), SamplerSpec(FOUR, renoise=0)):
+        assert other.at(len(other.times)) is other
+        with pytest.raises(ValueError, match="its own times"):
+            other.at(3)
 
 
 def test_guided_changes_guidance_only():
