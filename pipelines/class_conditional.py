@@ -157,7 +157,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         times, trained = self.config.sampler["times"], self.config.sampler["steps"]
         if steps is None or steps == trained:
             return times
-        trailing = lambda k: [1 - i / k for i in range(k)]                        # noqa: E731
+        trailing = lambda k: [times[0] * (1 - i / k) for i in range(k)]             # noqa: E731
         same = all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(times, trailing(trained), strict=True))
         if steps < 1 or self.config.sampler["renoise"] != 1 or not same:
             raise ValueError(f"this student was trained for {trained} steps and cannot be run with {steps}: "

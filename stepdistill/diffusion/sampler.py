@@ -70,12 +70,13 @@ class SamplerSpec:
         return cls(**{**values, "times": tuple(values["times"])})
 
     def at(self, count: int) -> SamplerSpec:
-        """The same sampler with another count; ValueError unless it re-noises on the trailing grid, which alone says what others mean."""
+        """The same sampler with another count of equal steps from the same start; ValueError unless it re-noises in equal steps."""
         if count == len(self.times):
             return self
-        if self.renoise != 1 or self.times != trailing(len(self.times)):
+        grid = lambda n: tuple(self.times[0] * t for t in trailing(n))                                      # noqa: E731
+        if self.renoise != 1 or any(abs(a - b) > 1e-9 for a, b in zip(self.times, grid(len(self.times)), strict=True)):
             raise ValueError(f"this model is sampled in {len(self.times)} steps at its own times {self.times}, not in {count}")
-        return replace(self, times=trailing(count))
+        return replace(self, times=grid(count))
 
     def guided(self, w: float) -> SamplerSpec:
         """The same sampler at another guidance."""

@@ -86,6 +86,7 @@ def test_at_another_count_needs_renoising_on_the_trailing_grid():
     spec = SamplerSpec(FOUR, guidance=2.0)
     assert spec.at(8) == SamplerSpec(trailing(8), guidance=2.0)
     assert spec.at(4) is spec
+    assert SamplerSpec((0.5,)).at(2).times == (0.5, 0.25)                                        # from its own start
     for other in (SamplerSpec((1.0, 0.3)), SamplerSpec(FOUR, renoise=0.3), SamplerSpec(FOUR, renoise=0)):
         assert other.at(len(other.times)) is other
         with pytest.raises(ValueError, match="its own times"):
