@@ -95,7 +95,7 @@ class _Rows(Noise):
     count: int = 1
 
     def _draw(self, make: Callable[[torch.Generator], Tensor]) -> Tensor:
-        raise NotImplementedError("FastDraws makes whole batches")
+        raise TypeError("FastDraws makes whole batches")
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seeds[0])

@@ -5,6 +5,7 @@ The loop knows this contract and no method by name; a method knows its losses an
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
@@ -102,7 +103,7 @@ class Setup:
 C = TypeVar("C")
 
 
-class Method(Generic[C]):
+class Method(ABC, Generic[C]):
     """A distillation algorithm. Subclasses live in one file each, beside the dataclass that is their part of the recipe."""
 
     title: ClassVar[str]
@@ -114,9 +115,9 @@ class Method(Generic[C]):
         self.cfg, self.setup, self.process = cfg, setup, setup.process
 
     @classmethod
+    @abstractmethod
     def needs(cls, cfg: C) -> Mapping[str, Role]:
         """The models of this configuration: GAN weight 0 needs no discriminator."""
-        raise NotImplementedError(f"{cls.__name__} must declare its roles")
 
     @classmethod
     def data(cls, cfg: C) -> Mapping[str, Stream]:
@@ -150,6 +151,6 @@ class Method(Generic[C]):
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint holds {sorted(state)}")
 
+    @abstractmethod
     def sampler(self) -> SamplerSpec:
         """How the student must be run; training rollouts use it too."""
-        raise NotImplementedError(f"{type(self).__name__} must say how its student is sampled")

@@ -46,7 +46,7 @@ def digest_json(value: Mapping[str, Any]) -> str:
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
-    """Write `folder/step-XXXXXXXX` and prune all but the newest `keep`. Nothing readable is ever half-written.
+    """Write `folder/step-NNNNNNNN` and prune all but the newest `keep`. Nothing readable is ever half-written.
 
     Checkpoints of later steps are deleted too: they were damaged and passed over, and would crowd out this one.
     """
