@@ -295,13 +295,13 @@ def plot_samples(pictures: Sequence[tuple[Row, Tensor]]) -> Figure:
     lefts = [k * (cell + gap) + (columns[k] % classes) * group for k in range(len(columns))]
     width = lefts[-1] + cell
     scale, margin = 11 / width, 1.9                                             # inches per pixel, inches of labels
-    height = 0.62 + len(pictures) * (cell + 5) * scale
+    height = 0.42 + len(pictures) * (cell + 5) * scale
     figure = Figure(figsize=(width * scale + margin + 0.15, height))
     for number, (row, images) in enumerate(pictures):
         strip = torch.full((cell, width), 255, dtype=torch.uint8)
         for left, index in zip(lefts, columns, strict=True):
             strip[:, left : left + cell] = images[index, 0]
-        bottom, across = height - 0.5 - (number + 1) * (cell + 5) * scale, figure.get_figwidth()
+        bottom, across = height - 0.3 - (number + 1) * (cell + 5) * scale, figure.get_figwidth()
         axes = figure.add_axes((margin / across, bottom / height, width * scale / across, cell * scale / height))
         axes.imshow(strip.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
         axes.set_axis_off()

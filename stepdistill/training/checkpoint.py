@@ -106,6 +106,8 @@ def newest(folder: Path, warn: Any = print) -> tuple[dict[str, Tensor], dict[str
         try:
             return read(path)
         except ValueError as error:
+            if not path.exists():                                               # pruned by a live run while we read: a newer one is there
+                return newest(folder, warn)
             warn(f"{error}; falling back to the one before it")
     if found:
         raise ValueError(f"none of the {len(found)} checkpoints in {folder} can be read: start again with a new --out")

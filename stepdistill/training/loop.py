@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from stepdistill import recipe as recipes
@@ -75,21 +77,23 @@ def resume(out: Path) -> Outcome:
 def make_accelerator(recipe: Recipe, out: Path | None) -> Accelerator:
     """Precision is the denoisers' business, so accelerate's own mixed precision stays off."""
     trackers = list(recipe.trackers) if out else []
-    return Accelerator(mixed_precision="no", log_with=trackers or None, project_dir=str(out) if out else None)
+    folders = ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")) if out else None
+    return Accelerator(mixed_precision="no", log_with=trackers or None, project_config=folders)
 
 
 def train(run: Run, out: Path) -> Outcome:
     """The training loop proper."""
-    recipe, accelerator, main, began = run.recipe, run.accelerator, run.accelerator.is_main_process, time.monotonic()
+    recipe, accelerator, main = run.recipe, run.accelerator, run.accelerator.is_main_process
     with locked(out, main), interruptible() as stop:
-        first, skipped = restore(run, out)
+        first, skipped, seconds = restore(run, out)
+        began = time.monotonic() - seconds                                      # of all sittings of this run
         if first >= recipe.steps:
             if main:
                 checkpoint.prune(out / CHECKPOINTS, recipe.keep)                # a kill may have come between the last save and its pruning
                 say(f"{out} is finished: {recipe.steps} of {recipe.steps} steps. Export it with: stepdistill export {out} --to FOLDER")
-            return Outcome(str(out), first, recipe.steps, True, already=True, skipped=skipped)
+            return Outcome(str(out), first, recipe.steps, True, already=True, skipped=skipped, seconds=seconds)
         log = Log(out, first) if main else None
-        accelerator.init_trackers("trackers", config=None)
+        accelerator.init_trackers("stepdistill", init_kwargs={"wandb": {"name": out.name, "dir": str(out)}})
         bar = tqdm(total=recipe.steps, initial=first, disable=not main, file=sys.stderr, unit="step", dynamic_ncols=True, desc=out.name)
         means, bad = Means(), Counter[str]()                                    # skips in a row, of each of the method's losses
         for step in range(first, recipe.steps):
@@ -128,7 +132,7 @@ def train(run: Run, out: Path) -> Outcome:
             if main and (last or (recipe.preview_every and done % recipe.preview_every == 0)):
                 preview(run, out / "previews" / f"{done:08d}.png")
             if done % recipe.checkpoint_every == 0 or last or halt:
-                save(run, out, done, skipped)
+                save(run, out, done, skipped, time.monotonic() - began)
             bar.update()
             if halt and not last:
                 bar.close()
@@ -141,27 +145,27 @@ def train(run: Run, out: Path) -> Outcome:
     return Outcome(str(out), recipe.steps, recipe.steps, True, skipped=skipped, seconds=time.monotonic() - began)
 
 
-def save(run: Run, out: Path, step: int, skipped: int) -> None:
+def save(run: Run, out: Path, step: int, skipped: int, seconds: float) -> None:
     """A checkpoint after `step` finished steps, by the main process."""
     if run.accelerator.is_main_process:
-        state = {"counts": run.optim.counts, "method": run.method.state(), "skipped": skipped, "threads": torch.get_num_threads(),
+        state = {"counts": run.optim.counts, "method": run.method.state(), "skipped": skipped, "seconds": seconds, "threads": torch.get_num_threads(),
                  "torch": torch.__version__, "processes": run.accelerator.num_processes, "sampler": run.method.sampler().to_dict()}
         checkpoint.save(out / CHECKPOINTS, step, run.tensors(), state, run.recipe.keep)
     run.accelerator.wait_for_everyone()
 
 
-def restore(run: Run, out: Path) -> tuple[int, int]:
-    """(first step to do, updates skipped so far), with the newest readable checkpoint loaded."""
+def restore(run: Run, out: Path) -> tuple[int, int, float]:
+    """(first step to do, updates skipped and seconds trained so far), with the newest readable checkpoint loaded."""
     main = run.accelerator.is_main_process
     found = checkpoint.newest(out / CHECKPOINTS, say if main else lambda line: None)
     if found is None:
-        return 0, 0
+        return 0, 0, 0.0
     tensors, state = found
     run.load(tensors, state)
     if state["threads"] != torch.get_num_threads() and main:
         say(f"this run was saved with {state['threads']} threads and goes on with {torch.get_num_threads()}: "
             f"results will differ in the last bits; OMP_NUM_THREADS={state['threads']} makes it bit-exact")
-    return int(state["step"]), int(state["skipped"])
+    return int(state["step"]), int(state["skipped"]), float(state.get("seconds", 0.0))
 
 
 @contextmanager
@@ -201,9 +205,9 @@ def locked(out: Path, main: bool) -> Iterator[None]:
     if path.exists():
         try:
             owner = json.loads(path.read_text())
-            alive = owner["host"] == mine["host"] and owner["pid"] != mine["pid"] and os.path.exists(f"/proc/{owner['pid']}")
+            alive = owner["host"] == mine["host"] and owner["pid"] != mine["pid"] and _alive(owner["pid"])
             elsewhere = owner["host"] != mine["host"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             owner, alive, elsewhere = {}, False, False
         if alive or elsewhere:
             raise ValueError(f"{out} is in use by process {owner['pid']} on {owner['host']}: stop it, or delete {path} if it is gone")
@@ -213,3 +217,11 @@ def locked(out: Path, main: bool) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    """Is there such a process, and not merely its exit status waiting to be read?"""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

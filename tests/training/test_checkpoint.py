@@ -68,3 +68,19 @@ def test_the_newest_readable_one_is_found(tmp_path: Path) -> None:
     assert found is not None
     assert found[1]["step"] == 1
     assert [line.split(" is damaged")[0][-8:] for line in heard] == ["00000003", "00000002"]
+
+
+def test_a_checkpoint_pruned_while_it_is_read_gives_way_to_the_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an export sees beside a live run that keeps one checkpoint."""
+    checkpoint.save(tmp_path, 1, TENSORS, {}, keep=1)
+    load, warned = checkpoint.load_file, list[str]()
+
+    def meanwhile(path: Path) -> object:
+        monkeypatch.setattr(checkpoint, "load_file", load)
+        checkpoint.save(tmp_path, 2, TENSORS, {}, keep=1)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(checkpoint, "load_file", meanwhile)
+    found = checkpoint.newest(tmp_path, warned.append)
+    assert found is not None and found[1]["step"] == 2
+    assert warned == []
