@@ -82,5 +82,6 @@ def test_a_checkpoint_pruned_while_it_is_read_gives_way_to_the_newer(tmp_path: P
 
     monkeypatch.setattr(checkpoint, "load_file", meanwhile)
     found = checkpoint.newest(tmp_path, warned.append)
-    assert found is not None and found[1]["step"] == 2
+    assert found is not None
+    assert found[1]["step"] == 2
     assert warned == []
