@@ -1,6 +1,6 @@
 """A few-step, class-conditional image pipeline that needs torch and diffusers only: it is copied beside the weights of a student.
 
-    x = sigma(t_1)·z                                                 (z on a variance-preserving process)
+    x = sigma(t_1)·z                                                 (over sigma(1) on a variance-preserving process)
     at each t:      x0, eps <- unet(x, clock(t), label), guided and clipped where the sampler says so
     to the next r:  q = (1 - renoise)·r,   b = sigma_q·alpha_r/alpha_q
                     x <- alpha_r·x0 + b·eps + sqrt(sigma_r² - b²)·noise
@@ -89,7 +89,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _sample(self, numbers: list[int], times: Sequence[float], w: float, noises: Iterator[Tensor]) -> Tensor:
         """x0 (B, C, h, w) of the last call."""
         sampler, kind, curves = self.config.sampler, self._kind(), self._curves()
-        x = next(noises) * (curves(times[0])[1] if self._is_flow else 1.0)
+        x = next(noises) * (curves(times[0])[1] / curves(1.0)[1])
         for t, r in zip(times, (*times[1:], None), strict=True):
             alpha, sigma, clock = curves(t)
             y = self._output(x, clock, numbers, w)

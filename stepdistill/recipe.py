@@ -18,6 +18,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from stepdistill import worlds
+from stepdistill.diffusion.sampler import SamplerSpec
+from stepdistill.diffusion.times import trailing
 from stepdistill.methods import find
 
 
@@ -35,6 +37,7 @@ class StudentRecipe:
 
     steps: int = 1                                       # network calls per sample
     times: tuple[float, ...] | None = None               # the calls' times, 1 = pure noise; default: equal steps from 1
+    clip_x0: float | None = None                         # bound of each call's x0, in training too: 1 for pixels, none for latents
     taps: tuple[str, ...] = ()                           # modules whose outputs a discriminator reads; default: by structure
 
     def __post_init__(self) -> None:
@@ -42,6 +45,12 @@ class StudentRecipe:
             raise ValueError(f"student.steps must be at least 1, got {self.steps}")
         if self.times is not None and len(self.times) != self.steps:
             raise ValueError(f"student.times names {len(self.times)} times for student.steps {self.steps}")
+        _ = self.sampler
+
+    @property
+    def sampler(self) -> SamplerSpec:
+        """How it is run, unless its method says otherwise; ValueError for times or a clip that no sampler takes."""
+        return SamplerSpec(self.times or trailing(self.steps), clip_x0=self.clip_x0)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_an_unknown_key_is_named_with_the_nearest_one(key: str, named: str, near
 
 
 def test_an_unknown_key_near_none_lists_what_is_known() -> None:
-    assert refusal(tree(student__zzz=1)) == "unknown recipe key 'student.zzz'; known here: steps, times, taps"
+    assert refusal(tree(student__zzz=1)) == "unknown recipe key 'student.zzz'; known here: steps, times, clip_x0, taps"
     assert "unknown recipe key '7'" in refusal({**tree(), 7: 1})
 
 
@@ -104,6 +104,8 @@ def test_a_wrong_type_names_the_key_and_the_value(changes: dict[str, Any], words
     ({"keep": 0}, "keep must be at least 1, got 0"),
     ({"student__steps": 0}, "student.steps must be at least 1, got 0"),
     ({"student__times": [1.0, 0.5]}, "student.times names 2 times for student.steps 1"),
+    ({"student__times": [1.5]}, "sampler times must fall strictly within"),
+    ({"student__clip_x0": 0}, "clip_x0 is the largest absolute value of x0 and must be positive"),
     ({"optim__fake__lr": 0}, "optim.fake: an optimizer needs lr > 0"),
     ({"optim__fake__decay_from": 1}, "optim.fake: an optimizer needs lr > 0"),
     ({"optim__fake__lr": float("nan")}, "optim.fake.lr must be a finite number, got nan"),

@@ -48,7 +48,11 @@ class NoiseProcess(ABC):
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def prior_std(self, t: Tensor) -> Tensor:
-        """Standard deviation of the pure noise a sampler starts from at time t (diffusers' `init_noise_sigma`)."""
+        """Standard deviation of the pure noise a sampler starts from at time t.
+
+        At t = 1 it is diffusers' `init_noise_sigma`; below, the noise that x_t holds: a network that is told t takes what exceeds it for
+        texture of the picture and keeps it.
+        """
         return self.sigma(t)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -83,9 +87,6 @@ class Trig(NoiseProcess):
     def time_of(self, log_snr: Tensor) -> Tensor:
         return torch.atan(torch.exp(-_f64(log_snr) / 2)) * (2 / math.pi)
 
-    def prior_std(self, t: Tensor) -> Tensor:
-        return torch.ones_like(_f64(t))
-
 
 class LinearVP(NoiseProcess):
     """The VP SDE with linear beta (Song et al. 2021, eq. 33): ln alpha = -t²(beta_max - beta_min)/4 - t·beta_min/2."""
@@ -118,7 +119,7 @@ class LinearVP(NoiseProcess):
         return (2 * target / (self.beta_min + (self.beta_min**2 + 2 * spread * target).sqrt())).clamp_max(1)
 
     def prior_std(self, t: Tensor) -> Tensor:
-        return torch.ones_like(_f64(t))
+        return self.sigma(t) / self.sigma(_f64(1.0))
 
 
 class Flow(NoiseProcess):
@@ -234,7 +235,7 @@ class TableVP(NoiseProcess):
         return (low + high) / 2
 
     def prior_std(self, t: Tensor) -> Tensor:
-        return torch.ones_like(_f64(t))
+        return self.sigma(t) / self.sigma(_f64(1.0))
 
 
 def _limit(end: Tensor, secant: Tensor) -> Tensor:

@@ -90,14 +90,16 @@ class Loss:
     log: Mapping[str, Tensor | float] = field(default_factory=dict)
 
 
+ONE_STEP = SamplerSpec((1.0,))
+
+
 @dataclass(frozen=True)
 class Setup:
-    """What a method is told of the run: the teacher's process, one state's shape (C, H, W), and the student's number of steps."""
+    """What a method is told of the run: the teacher's process, one state's shape (C, H, W), and the sampler that the recipe asks for."""
 
     process: NoiseProcess
     shape: tuple[int, ...]
-    student_steps: int = 1
-    student_times: tuple[float, ...] | None = None
+    sampler: SamplerSpec = ONE_STEP
 
 
 C = TypeVar("C")

@@ -24,7 +24,6 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.process import like
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import heun, jump
-from stepdistill.diffusion.times import trailing
 from stepdistill.losses.distance import l2, pseudo_huber
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stream, Update
 from stepdistill.models.roles import Role, Roles
@@ -66,7 +65,7 @@ class Consistency(Method[ConsistencyConfig]):
         return {"real": Images()}
 
     def sampler(self) -> SamplerSpec:
-        return SamplerSpec(self.setup.student_times or trailing(self.setup.student_steps))
+        return self.setup.sampler
 
     def student_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         x0, cond, cfg = batch["real"].clean, batch["real"].cond, self.cfg

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, start, steps
-from stepdistill.diffusion.times import Uniform, shift, trailing
+from stepdistill.diffusion.times import Uniform, shift
 from stepdistill.losses.adversarial import discriminator_loss, generator_loss
 from stepdistill.losses.denoising import denoising_loss
 from stepdistill.losses.matching import matching_loss
@@ -73,7 +73,7 @@ class DMD2(Method[DMD2Config]):
         return Update("student", ("student",)), Update("critic", trains, reuse=True)
 
     def sampler(self) -> SamplerSpec:
-        return SamplerSpec(self.setup.student_times or trailing(self.setup.student_steps))
+        return self.setup.sampler
 
     def rollout(self, m: Roles, batch: Batch, draws: Draws, grad: bool) -> Tensor:
         """x0 of the call that is trained now, reached through the student's own earlier calls (backward simulation)."""

@@ -104,7 +104,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     teacher = load_teacher(recipe.teacher.path, device=accelerator.device, autocast=AUTOCAST[recipe.precision], dtype=dtype,
                            guidance=recipe.guidance, taps=recipe.student.taps)
     torch.manual_seed(recipe.seed)
-    method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.steps, recipe.student.times))
+    method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.sampler))
     method.sampler()                                                            # a wrong grid speaks up before anything is built
     needs, streams = cls.needs(config), cls.data(config)
     data = source(teacher, streams, _world(recipe.teacher.path), recipe.data.folder)

@@ -13,6 +13,7 @@ from toys import run_of, tiny_unet, train
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, sample
+from stepdistill.diffusion.times import trailing
 from stepdistill.methods import METHODS, find
 from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Sample, Setup
 from stepdistill.models.conditioning import Conditioning
@@ -54,7 +55,7 @@ def make(name: str, options: Mapping, kind: str = "eps", steps: int = 1, guidanc
                 generator = torch.Generator().manual_seed(len(role))
                 for p in roles.parameters(role):
                     p.add_(0.02 * torch.randn(p.shape, generator=generator))
-    return cls(cfg, Setup(process, (1, 8, 8), steps)), roles
+    return cls(cfg, Setup(process, (1, 8, 8), SamplerSpec(trailing(steps)))), roles
 
 
 class Watched(dict):
@@ -266,8 +267,9 @@ def test_sampler(name, options, steps):
     assert spec.times[0] == 1.0
     assert SamplerSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     cls = find(name)
-    own = cls(method.cfg, Setup(method.process, (1, 8, 8), 2, (1.0, 0.4))).sampler()
+    own = cls(method.cfg, Setup(method.process, (1, 8, 8), SamplerSpec((1.0, 0.4), clip_x0=2.0))).sampler()
     assert own.times == (1.0, 0.4)
+    assert own.clip_x0 == 2.0
 
 
 def test_unknown_method():

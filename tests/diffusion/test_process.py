@@ -154,10 +154,11 @@ def test_bad_parameters_are_refused(build, word):
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_prior_is_what_pipelines_start_from(name):
+def test_prior_is_what_pipelines_start_from_and_in_proportion_below(name):
     process = PROCESSES[name]
-    expected = 1.0 if name in VP else float(process.sigma(f64(0.9)))
-    assert float(process.prior_std(f64(0.9))) == expected
+    full = 1.0 if name in VP else float(process.sigma(f64(1.0)))
+    assert float(process.prior_std(f64(1.0))) == full
+    assert float(process.prior_std(f64(0.4))) == pytest.approx(full * float(process.sigma(f64(0.4)) / process.sigma(f64(1.0))), rel=1e-12)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------- states

@@ -135,7 +135,7 @@ CASES = [
     *(Case(kind, SamplerSpec(trailing(3), renoise=0.4)) for kind in ("eps", "flow")),
     *(Case("eps", SamplerSpec(trailing(n), renoise=renoise, guidance=w)) for n, renoise, w in [(1, 0.0, 1.0), (2, 1.0, 1.5)]),
     Case("eps", SamplerSpec(lcm_grid(3), clip_x0=0.5)),
-    Case("flow", SamplerSpec((0.8, 0.3))),                                       # starts below pure noise
+    *(Case(kind, SamplerSpec((0.8, 0.3))) for kind in ("flow", "eps")),          # starts below pure noise
     Case("eps", SamplerSpec(trailing(3), renoise=0, clip_x0=0.5)),
     Case("v-zero-snr", SamplerSpec(trailing(4))),
     Case("v-zero-snr", SamplerSpec(trailing(4), renoise=0)),

@@ -12,6 +12,7 @@ from toys import Counted, run_of, tiny_unet
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction, from_x0, target
 from stepdistill.diffusion.process import Flow, Karras, TableVP, Trig
+from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import heun, jump
 from stepdistill.diffusion.times import trailing
 from stepdistill.losses.distance import pseudo_huber
@@ -27,7 +28,7 @@ BOTH = pytest.mark.parametrize("process", [Flow(), Trig()], ids=["flow", "trig"]
 
 
 def method_of(process, shape=(3,), steps: int = 1, times=None, **options) -> Consistency:
-    return Consistency(ConsistencyConfig(**options), Setup(process, shape, steps, times))
+    return Consistency(ConsistencyConfig(**options), Setup(process, shape, SamplerSpec(times or trailing(steps))))
 
 
 class Map:

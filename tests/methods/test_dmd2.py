@@ -9,7 +9,7 @@ from toys import Counted, Mlp, Oracle, run_of, tiny_unet, toy_roles, train
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.process import Flow, TableVP, Trig, like
-from stepdistill.diffusion.sampler import sample, start, steps
+from stepdistill.diffusion.sampler import SamplerSpec, sample, start, steps
 from stepdistill.diffusion.times import Uniform, trailing
 from stepdistill.losses.denoising import denoising_loss
 from stepdistill.losses.matching import dmd_scale
@@ -26,7 +26,7 @@ COUNT = 4
 
 
 def dmd2(steps: int = 1, process=TABLE, shape=(1, 8, 8), times=None, **options) -> DMD2:
-    return DMD2(DMD2Config(**options), Setup(process, shape, steps, times))
+    return DMD2(DMD2Config(**options), Setup(process, shape, SamplerSpec(times or trailing(steps))))
 
 
 def labelled(draws: Draws, method: DMD2) -> Batch:

@@ -10,6 +10,8 @@ from oracles import MixtureTeacher, f64
 from toys import FastDraws, Oracle, draw_student, modes_covered, pretrained, ring, sliced_wasserstein, toy_data, toy_roles, train
 
 from stepdistill.diffusion.process import Flow
+from stepdistill.diffusion.sampler import SamplerSpec
+from stepdistill.diffusion.times import trailing
 from stepdistill.methods.base import Method, Setup
 from stepdistill.methods.consistency import Consistency, ConsistencyConfig
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
@@ -49,7 +51,7 @@ def dmd2_on_the_ring(start: Denoiser, students: int, batch: int, steps: int = 1,
                      seed: int = 0) -> tuple[float, int, float]:
     """(SW2, modes covered, share of samples within 4 std of a mode) of the distilled student."""
     cfg = DMD2Config(fake_updates=5, gan_weight=gan, disc_weight=1e-2)
-    method = DMD2(cfg, Setup(Flow(), (2,), steps))
+    method = DMD2(cfg, Setup(Flow(), (2,), SamplerSpec(trailing(steps))))
     optim = {"student": OptimRecipe(5e-4, schedule="linear", decay_from=0.5), "fake": OptimRecipe(1e-3), "disc": OptimRecipe(1e-3)}
     roles = distil(method, RING, start, optim, 5 * students, batch, seed)
     x = draw_student(roles.student, method, 8192, (2,))
