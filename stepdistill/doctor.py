@@ -89,10 +89,11 @@ def xformers() -> str:
 def fashion_data() -> str:
     """The folder Fashion-MNIST would be read from."""
     named = os.environ.get(data.ENVIRONMENT)
-    try:
-        data.load("test", named or data.DEBIAN)
-        return named or str(data.DEBIAN)
-    except OSError as error:
-        if named:                                       # a folder that was named is never replaced in silence by another
-            return f"{data.ENVIRONMENT} names a folder that cannot be read: {error}"
+    for folder in (named,) if named else (data.DEBIAN, data.downloads()):
+        try:
+            data.load("test", folder)
+            return str(folder)
+        except OSError as error:
+            if named:                                   # a folder that was named is never replaced in silence by another
+                return f"{data.ENVIRONMENT} names a folder that cannot be read: {error}"
     return f"not on this machine yet: {data.ENVIRONMENT} names a folder, or torchvision downloads it"

@@ -76,7 +76,7 @@ def _read(path: Path, size: tuple[int, int], channels: int) -> Tensor:
     side = min(image.width * size[0], image.height * size[1])
     crop = round(side / size[0]), round(side / size[1])                              # (width, height) of the target's aspect
     left, top = (image.width - crop[0]) // 2, (image.height - crop[1]) // 2
-    image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS, (left, top, left + crop[0], top + crop[1]))
+    image = image.crop((left, top, left + crop[0], top + crop[1])).resize((size[1], size[0]), Image.Resampling.LANCZOS)
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.reshape(size[0], size[1], channels).permute(2, 0, 1).contiguous()
 

@@ -160,7 +160,10 @@ def test_a_world_that_is_none() -> None:
 
 
 def test_doctor_looks_where_training_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert doctor.fashion_data().startswith("not on this machine yet")
+    write(data.downloads(), "test")
+    assert doctor.fashion_data() == str(tmp_path / "cache" / "stepdistill" / "FashionMNIST" / "raw")
     write(tmp_path / "debian", "test")
     assert doctor.fashion_data() == str(tmp_path / "debian")
     monkeypatch.setenv(data.ENVIRONMENT, str(tmp_path / "mine"))

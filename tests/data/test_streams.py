@@ -99,15 +99,15 @@ def test_a_picture_with_a_broken_chunk_is_named(tmp_path: Path) -> None:
 
 
 def test_pictures_are_cropped_in_the_middle(tmp_path: Path) -> None:
-    """A 48x16 picture, black and white at its ends: only the grey middle is left (Lanczos looks six pixels past the crop)."""
+    """A 48x16 picture, black and white at its ends: only the grey middle is left, to its last column."""
     path = picture(tmp_path / "x.png", 100, (48, 16))
     with Image.open(path) as image:
         image = image.copy()
-    image.paste(0, (0, 0, 12, 16))
-    image.paste(255, (36, 0, 48, 16))
+    image.paste(0, (0, 0, 16, 16))
+    image.paste(255, (32, 0, 48, 16))
     image.save(path)
     assert set(folder_pictures(tmp_path, (16, 16), 1, ()).images.flatten().tolist()) == {100}
-    tall = folder_pictures(tmp_path, (8, 4), 1, ()).images                   # (H, W): crop to 8x16 of 48x16
+    tall = folder_pictures(tmp_path, (8, 4), 1, ()).images                   # (H, W): its middle 8x16
     assert tall.shape == (1, 1, 8, 4)
     assert set(tall.flatten().tolist()) == {100}
 

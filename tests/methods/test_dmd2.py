@@ -25,8 +25,8 @@ TABLE = TableVP.scaled_linear()
 COUNT = 4
 
 
-def dmd2(steps: int = 1, process=TABLE, shape=(1, 8, 8), times=None, **options) -> DMD2:
-    return DMD2(DMD2Config(**options), Setup(process, shape, SamplerSpec(times or trailing(steps))))
+def dmd2(steps: int = 1, process=TABLE, shape=(1, 8, 8), times=None, clip_x0=None, **options) -> DMD2:
+    return DMD2(DMD2Config(**options), Setup(process, shape, SamplerSpec(times or trailing(steps), clip_x0=clip_x0)))
 
 
 def labelled(draws: Draws, method: DMD2) -> Batch:
@@ -322,6 +322,22 @@ def test_rollout_walks_the_path_of_inference():
         assert torch.equal(x0, walk[last].x0)
         final = sample(m.student, method.sampler(), cond, keyed, (1, 8, 8))
         assert torch.equal(walk[3].x0, final)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_bounded_student_is_bounded_in_training_too(count):
+    """Teacher, fake and judge see the clamped x0, and what lies beyond the bound feels no pull."""
+    method = dmd2(gan_weight=0, steps=count, clip_x0=0.5)
+    m = unet_roles(method)
+    m.train_only(("student",))
+    x0 = method.rollout(m, labelled(draws(), method), draws(), grad=True)
+    beyond = x0.detach().abs() == 0.5
+    assert x0.detach().abs().max() == 0.5
+    assert 0 < int(beyond.sum()) < beyond.numel()
+    x0[beyond].sum().backward(retain_graph=True)
+    assert not grads(m, "student")
+    x0[~beyond].sum().backward()
+    assert grads(m, "student")
 
 
 def test_only_the_last_call_keeps_its_gradient():

@@ -59,12 +59,17 @@ def load(split: str = "train", folder: str | Path | None = None) -> Pictures:
 def _download(split: str) -> Pictures:
     from torchvision.datasets import FashionMNIST
 
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "stepdistill"
+    root = downloads()
     try:
-        FashionMNIST(str(root), download=True)
+        FashionMNIST(str(root.parent.parent), download=True)
     except Exception as error:
         raise OSError(f"torchvision could not download it ({str(error).splitlines()[0]})") from error
-    return _read(root / "FashionMNIST" / "raw", split)
+    return _read(root, split)
+
+
+def downloads() -> Path:
+    """The folder into which torchvision downloads the four files."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "stepdistill" / "FashionMNIST" / "raw"
 
 
 def _read(folder: Path, split: str) -> Pictures:
