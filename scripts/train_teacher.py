@@ -1,7 +1,7 @@
 """Train the fashion teacher: a class-conditional UNet2DModel (eps prediction, Stable Diffusion's scaled-linear betas) on Fashion-MNIST.
 
     python scripts/train_teacher.py --out runs/teacher                    # resumes by itself when the folder holds a checkpoint
-    python scripts/train_teacher.py --out runs/teacher --updates 20000    # longer
+    python scripts/train_teacher.py --out runs/teacher --updates 20000    # longer, or further: a finished folder is trained on
 
 The network sees 28x28 pictures as 14x14x4 (space to depth, lossless), which halves its cost. The learning rate is constant and falls
 linearly to zero over the last quarter. A tenth of the labels is replaced by the null class so that the teacher can be guided.
@@ -82,10 +82,10 @@ def restore(path: Path, net: UNet2DModel, ema: UNet2DModel, optimizer: torch.opt
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for the checkpoint, the log and, at the end, teacher/")],
-    updates: int = 6000,
+    updates: int = 12800,
     batch_size: int = 64,
     learning_rate: float = 5e-4,
-    ema_decay: float = 0.9985,
+    ema_decay: float = 0.999,
     seed: int = 0,
     folder: Annotated[Path | None, typer.Option(help="folder with the four IDX files")] = None,
     every: Annotated[int, typer.Option(help="updates between checkpoints")] = 250,
