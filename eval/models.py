@@ -48,9 +48,11 @@ class Opened:
 
 
 def open_model(name: str, steps: int | None = None, guidance: float | None = None, *, solver: str | None = None,
-               renoise: float | None = None, device: torch.device | str = "cpu", autocast: torch.dtype | None = None) -> Opened:
-    """`name` is an exported folder or "teacher:WORLD". Steps and guidance override the model's own sampler; so do solver and renoise
-    for a teacher, whose own sampler is the one its model card calls its best setting."""
+               renoise: float | None = None, shift: float | None = None, device: torch.device | str = "cpu",
+               autocast: torch.dtype | None = None) -> Opened:
+    """`name` is an exported folder or "teacher:WORLD". Steps and guidance override the model's own sampler; so do solver, renoise and
+    the shift of the times for a teacher, whose own sampler is the one its model card calls its best setting. Other steps than its own
+    are equal ones unless `shift` says otherwise."""
     if name.startswith("teacher:") or worlds.teacher_folder(name):
         teacher = load_teacher(name, device=device, autocast=autocast)
         own = SamplerSpec.from_dict(dict(teacher.notes["sampler"]))
@@ -58,11 +60,13 @@ def open_model(name: str, steps: int | None = None, guidance: float | None = Non
             own = replace(own, solver=cast(Solver, solver), renoise=renoise or 0.0)
         elif renoise is not None:
             own = replace(own, renoise=renoise)
-        opened = Opened(name, teacher, replace(own, times=trailing(steps)) if steps else own, True)
+        if steps is not None or shift is not None:
+            own = replace(own, times=trailing(steps or len(own.times), 1.0 if shift is None else shift))
+        opened = Opened(name, teacher, own, True)
     else:
         student, own = load_student(Path(name), device=device, autocast=autocast)
-        if solver is not None or renoise is not None:
-            raise ValueError("--solver and --renoise are for teachers; a student is sampled as it was trained")
+        if (solver, renoise, shift) != (None, None, None):
+            raise ValueError("--solver, --renoise and --shift are for teachers; a student is sampled as it was trained")
         opened = Opened(name, student, own.at(steps) if steps else own, False)
     if guidance is not None:
         opened = replace(opened, spec=opened.spec.guided(guidance))
@@ -72,8 +76,8 @@ def open_model(name: str, steps: int | None = None, guidance: float | None = Non
 
 
 def evaluate(model: str, protocol_name: str, count: int, to: Path, *, steps: int | None = None, guidance: float | None = None,
-             solver: str | None = None, renoise: float | None = None, seed: int = 0, batch_size: int = 100,
-             device: torch.device | str = "cpu", quiet: bool = False) -> dict[str, Any]:
+             solver: str | None = None, renoise: float | None = None, shift: float | None = None, seed: int = 0,
+             batch_size: int = 100, device: torch.device | str = "cpu", quiet: bool = False) -> dict[str, Any]:
     """Generate in fp32, score, and write the result file with features and samples beside it; returns the result.
 
     Raises ValueError or FileNotFoundError before anything is generated where model, protocol or target file are unfit.
@@ -81,7 +85,7 @@ def evaluate(model: str, protocol_name: str, count: int, to: Path, *, steps: int
     exam = protocol.get(protocol_name, count, seed)
     if to.is_dir() or to.suffix != ".json":
         raise ValueError(f"{to} must name a .json file")
-    opened = open_model(model, steps, guidance, solver=solver, renoise=renoise, device=device)
+    opened = open_model(model, steps, guidance, solver=solver, renoise=renoise, shift=shift, device=device)
     to.parent.mkdir(parents=True, exist_ok=True)
     started, began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
     made = generate(opened.teacher, opened.spec, exam.count, exam.seed, batch_size=batch_size, quiet=quiet)

@@ -28,6 +28,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 Batch = Annotated[int, typer.Option(help="pictures made at a time; changes speed, never a picture")]
 Solver = Annotated[str | None, typer.Option(help="for a teacher: ddim, heun or dpmpp_2m, without re-noising")]
 Renoise = Annotated[float | None, typer.Option(min=0, max=1, help="for a teacher: 0 follows the ODE, 1 re-noises x0, between is both")]
+Shift = Annotated[float | None, typer.Option(min=0.01, max=100, help="for a teacher: equal steps, moved towards noise (above 1) or detail")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: what accelerate finds")]
 
 
@@ -126,6 +127,7 @@ def sample(
     label: Annotated[str | None, typer.Option(help="one class, by name or number; default: all in turn")] = None,
     solver: Solver = None,
     renoise: Renoise = None,
+    shift: Shift = None,
     prompt: Annotated[str | None, typer.Option(help="for text-conditional models")] = None,
     batch_size: Batch = 100,
     device: Device = None,
@@ -137,7 +139,7 @@ def sample(
     from stepdistill.images import grid, save_png, to_image
 
     _fresh(to)
-    opened = open_model(model, steps, guidance, solver=solver, renoise=renoise, device=pick_device(device))
+    opened = open_model(model, steps, guidance, solver=solver, renoise=renoise, shift=shift, device=pick_device(device))
     if prompt is not None:
         raise ValueError(f"{model} is class-conditional: name a class with --label ({', '.join(opened.teacher.labels[:3])}, ...)")
     choose = balanced(opened.teacher.classes) if label is None else (lambda i, n=opened.class_number(label): n)
@@ -161,6 +163,7 @@ def evaluate(
     guidance: Annotated[float | None, typer.Option(help="w; default: the model's own")] = None,
     solver: Solver = None,
     renoise: Renoise = None,
+    shift: Shift = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: Batch = 100,
     device: Device = None,
@@ -169,7 +172,7 @@ def evaluate(
     """Score a model in fp32 and write a result file with its protocol, sampler and error bars."""
     from stepdistill.eval.models import evaluate as score
 
-    result = score(model, protocol, count, to, steps=steps, guidance=guidance, solver=solver, renoise=renoise, seed=seed,
+    result = score(model, protocol, count, to, steps=steps, guidance=guidance, solver=solver, renoise=renoise, shift=shift, seed=seed,
                    batch_size=batch_size, device=pick_device(device))
     lines = [f"{name:<20}{m['value']:>10.4f} ± {m['se']:.4f}" for name, m in result["metrics"].items()]
     show(result, as_json, "\n".join([*lines, f"written to {to}"]))

@@ -12,6 +12,7 @@ from stepdistill.cli import run as command
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.times import trailing
 from stepdistill.eval.generate import generate
+from stepdistill.eval.models import open_model
 from stepdistill.export import export
 from stepdistill.models.load import load_teacher
 from stepdistill.training import loop
@@ -71,6 +72,8 @@ def test_sample_writes_numbered_pictures_and_a_grid(student, tmp_path, capfd):
     (["sample", "{student}", "--to", "{tmp}/x", "--label", "boot"], "no class 'boot'"),
     (["sample", "{student}", "--to", "{tmp}/x", "--prompt", "a sock"], "class-conditional"),
     (["sample", "{student}", "--to", "{tmp}/x", "--solver", "heun"], "for teachers"),
+    (["sample", "{student}", "--to", "{tmp}/x", "--shift", "2"], "for teachers"),
+    (["sample", "teacher:fashion", "--to", "{tmp}/x", "--shift", "0"], "shift"),
     (["sample", "{tmp}/nowhere", "--to", "{tmp}/x"], "no exported student"),
     (["sample", "{student}", "--to", "{student}"], "not empty"),
     (["sample", "{student}", "--to", "{tmp}/x", "--count", "0"], "count"),
@@ -88,6 +91,14 @@ def test_mistakes_are_one_line_and_write_nothing(student, tmp_path, capfd, argum
     assert len(err.strip().splitlines()) == 1
     assert not out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_teachers_times_are_its_own_unless_asked_for():
+    own = open_model("teacher:fashion").spec
+    assert open_model("teacher:fashion", shift=2.0).spec == replace(own, times=trailing(len(own.times), 2.0))
+    assert open_model("teacher:fashion", 4).spec == replace(own, times=trailing(4))
+    assert open_model("teacher:fashion", 4, 3.0, shift=0.5, renoise=0).spec == replace(
+        own, times=trailing(4, 0.5), guidance=3.0, renoise=0)
 
 
 def test_eval_and_compare_on_the_shipped_teacher(tmp_path, capfd):
