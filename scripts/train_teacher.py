@@ -132,7 +132,7 @@ def main(
     DDPMScheduler(**SCHEDULER).save_pretrained(out / "teacher")
     (out / "teacher" / NOTES).write_text(json.dumps({
         "codec": {"space_to_depth": 2}, "classes": len(data.CLASSES), "null_class": data.NULL, "labels": data.CLASSES,
-        "sampler": SamplerSpec(trailing(25), renoise=0.3, clip_x0=1.0, guidance=1.5).to_dict(),
+        "sampler": SamplerSpec(trailing(25, 0.5), renoise=0.3, clip_x0=1.0, guidance=1.25).to_dict(),
         "licence": "Apache-2.0; trained on Fashion-MNIST (MIT)",
         "command": f"python scripts/train_teacher.py --out runs/teacher --updates {updates} --seed {seed}"}, indent=1))
     print(f"teacher written to {out / 'teacher'}")
