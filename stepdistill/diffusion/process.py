@@ -53,7 +53,7 @@ class NoiseProcess(ABC):
         At t = 1 it is diffusers' `init_noise_sigma`; below, the noise that x_t holds: a network that is told t takes what exceeds it for
         texture of the picture and keeps it.
         """
-        return self.sigma(t)
+        return self.sigma(t) / self.sigma(_f64(1.0))
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t from clean x0 (B, ...) and standard normal eps of the same shape, at times t (B,) or a scalar."""
@@ -118,9 +118,6 @@ class LinearVP(NoiseProcess):
         target = torch.nn.functional.softplus(-_f64(log_snr)).clamp_max(spread / 2 + self.beta_min)
         return (2 * target / (self.beta_min + (self.beta_min**2 + 2 * spread * target).sqrt())).clamp_max(1)
 
-    def prior_std(self, t: Tensor) -> Tensor:
-        return self.sigma(t) / self.sigma(_f64(1.0))
-
 
 class Flow(NoiseProcess):
     """Rectified flow / flow matching with timestep shift m: u = m·t/(1 + (m-1)·t), alpha = 1 - u, sigma = u (SD3, sec. 5.3.2)."""
@@ -163,6 +160,9 @@ class Karras(NoiseProcess):
 
     def sigma(self, t: Tensor) -> Tensor:
         return (self.low + _f64(t) * (self.high - self.low)) ** self.rho
+
+    def prior_std(self, t: Tensor) -> Tensor:
+        return self.sigma(t)                                                        # its noise is not of unit size at t = 1
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         base = self.low + _f64(t) * (self.high - self.low)
@@ -233,9 +233,6 @@ class TableVP(NoiseProcess):
             below = self._angle(middle)[0] < target
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
-
-    def prior_std(self, t: Tensor) -> Tensor:
-        return self.sigma(t) / self.sigma(_f64(1.0))
 
 
 def _limit(end: Tensor, secant: Tensor) -> Tensor:
