@@ -204,6 +204,44 @@ def methods(as_json: Json = False) -> None:
 
 
 @app.command()
+def probe(
+    path: Annotated[str, typer.Argument(help="a diffusers pipeline folder")],
+    keywords: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of its call: height=512 width=512")] = None,
+    other: Annotated[list[str] | None, typer.Option(help="a keyword at which the proof is repeated: --other width=768")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 proves to 1e-4; bfloat16 needs half the memory and proves less")] = "float32",
+    device: Device = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="run Python code that lies in the folder")] = False,
+    as_json: Json = False,
+) -> None:
+    """Watch a pipeline call its network, say what was learnt, and prove that we call it the same way.
+
+    Exit code 0 when it can be distilled as it is, 2 with the reason when not.
+    """
+    import torch
+
+    from stepdistill import probe as probing
+    from stepdistill.models.load import load_pipeline
+    from stepdistill.models.recording import usual_inputs
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    pipeline = load_pipeline(path, device=pick_device(device), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    report = probing.probe(pipeline, usual_inputs(pipeline, **_keywords(keywords)), _keywords(other) or None)
+    show(report, as_json, probing.show(report))
+    if not report["fits"]:
+        raise typer.Exit(2)
+
+
+def _keywords(items: Sequence[str] | None) -> dict[str, Any]:
+    import yaml
+
+    pairs = [item.partition("=") for item in items or []]
+    if wrong := [key for key, sign, _ in pairs if not sign or not key]:
+        raise ValueError(f"{wrong[0]!r} must read key=value")
+    return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Examine the environment: versions, device, attention back ends, threads, and where data and weights are looked for."""
     from stepdistill.doctor import examine

@@ -32,7 +32,8 @@ from stepdistill import recipe as recipes
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.times import trailing
 from stepdistill.methods import find
-from stepdistill.models.load import NOTES, Teacher, Vae, load_teacher, read_json
+from stepdistill.models.drive import Driven
+from stepdistill.models.load import NOTES, Teacher, Vae, is_prompted, load_pipeline, load_teacher, read_json
 from stepdistill.recipe import Recipe
 from stepdistill.training import checkpoint
 from stepdistill.training.loop import CHECKPOINTS, RECIPE, say
@@ -80,6 +81,8 @@ def export(run: Path, to: Path, weights: Literal["ema", "raw"] = "ema", *, dtype
     tensors, state = found
     ema = weights == "ema" and recipe.ema_decay > 0
     spec = _spec(state.get("sampler"), run)
+    if is_prompted(Path(recipe.teacher.path)):
+        return _export_pipeline(run, to, tensors, state, spec, recipe, getattr(torch, dtype), ema, results)
     teacher = load_teacher(recipe.teacher.path)
     network = torch.nn.Module.to(_filled(teacher, tensors, "ema/" if ema else "role/student/", run), getattr(torch, dtype))
     with in_one_move(to) as folder:
@@ -94,6 +97,37 @@ def export(run: Path, to: Path, weights: Literal["ema", "raw"] = "ema", *, dtype
         (folder / NOTES).write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n")
         (folder / CARD).write_text(card(to.name, notes, recipe, results))
     return Exported(str(to), notes["step"], recipe.steps, ema, notes["unet_sha256"])
+
+
+def _export_pipeline(run: Path, to: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], spec: SamplerSpec, recipe: Recipe,
+                     dtype: torch.dtype, ema: bool, results: Sequence[Path]) -> Exported:
+    """The teacher's own pipeline with the student's weights and a stock scheduler: nothing of ours is needed to run it."""
+    source = Path(recipe.teacher.path)
+    pipeline = load_pipeline(source)
+    prefix = "ema/" if ema else "role/student/"
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    component = next((name for name, part in pipeline.components.items()
+                      if isinstance(part, torch.nn.Module) and part.state_dict().keys() == weights.keys()), None)
+    if component is None:
+        raise ValueError(f"the checkpoint of {run} fits no network of the pipeline at {source}; was the teacher replaced?")
+    network = getattr(pipeline, component)
+    network.load_state_dict(weights)
+    torch.nn.Module.to(network, dtype)
+    driven = Driven(pipeline)
+    pipeline.scheduler = scheduler_of({"_class_name": type(driven.scheduler).__name__, **driven.scheduler.config}, spec)
+    notes = {"pipeline": type(pipeline).__name__, "component": component, "sampler": spec.to_dict(), "method": recipe.method["name"],
+             "teacher": source.name, "call": {**recipe.teacher.call, "num_inference_steps": len(spec.times), **state["call"]},
+             "licence": read_json(source / NOTES).get("licence") if (source / NOTES).is_file() else None,
+             "step": int(state["step"]), "ema": ema, "versions": _versions()}
+    with in_one_move(to) as folder:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        for inner in (*folder.glob("*/config.json"), folder / INDEX):
+            _edit(inner, {"_name_or_path": None})
+        (folder / RECIPE).write_text(recipes.dump(recipe))
+        digest = sha256(next(iter(sorted((folder / component).glob("*.safetensors")))))
+        (folder / NOTES).write_text(json.dumps({**notes, "weights_sha256": digest}, indent=1, ensure_ascii=False) + "\n")
+        (folder / CARD).write_text(pipeline_card(to.name, notes, recipe))
+    return Exported(str(to), notes["step"], recipe.steps, ema, digest)
 
 
 def load_student(folder: Path, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None,
@@ -189,8 +223,11 @@ def _notes(recipe: Recipe, teacher: Teacher, spec: SamplerSpec) -> dict[str, Any
     picture = teacher.pictures(torch.zeros(1, *teacher.shape)).shape[1:]
     return {"codec": teacher.codec.to_dict(), "classes": teacher.classes, "null_class": teacher.null_class, "labels": list(teacher.labels),
             "licence": teacher.notes.get("licence"), "picture": list(picture), "sampler": spec.to_dict(), "method": recipe.method["name"],
-            "teacher": recipe.teacher.path, "versions": {"stepdistill": stepdistill.__version__, "torch": torch.__version__,
-                                                         "diffusers": diffusers.__version__}}
+            "teacher": recipe.teacher.path, "versions": _versions()}
+
+
+def _versions() -> dict[str, str]:
+    return {"stepdistill": stepdistill.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 def _spec(values: Any, where: Path) -> SamplerSpec:
@@ -312,20 +349,72 @@ None: this student has not been evaluated for this card.
 """
 
 
+PIPELINE_TEMPLATE = """\
+---
+{{ front }}---
+
+# {{ name }}
+
+A **{{ calls }}-step** student of `{{ notes.teacher }}` (`{{ notes.pipeline }}`), distilled with
+[{{ method.title }}](https://arxiv.org/abs/{{ method.arxiv }}) by stepdistill.
+{% if notes.step < recipe.steps %}
+
+**Unfinished:** exported after step {{ notes.step }} of {{ recipe.steps }}.
+{% endif %}
+
+## Use
+
+Needs torch and diffusers alone.
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({{ path }})
+images = pipe({{ example }}, {{ arguments }}, generator=torch.Generator().manual_seed(0))[0]
+```
+
+It was trained for {{ calls }} step{{ "s" if calls > 1 }} and this guidance, which is built in: other values give no promise.
+
+## How it was made
+
+`recipe.yaml` is the whole recipe: step {{ notes.step }} of {{ recipe.steps }}, {{ "moving average" if notes.ema else "last weights" }},
+teacher's guidance {{ recipe.guidance }}, seed {{ recipe.seed }}.
+{% for k, v in notes.versions.items() %}{{ k }} {{ v }}{{ ", " if not loop.last }}{% endfor %}.
+
+## Licence
+
+{{ notes.licence or "The teacher's folder names no licence: the terms of the teacher's weights hold for this student, too." }}
+"""
+
+
+def pipeline_card(name: str, notes: Mapping[str, Any], recipe: Recipe) -> str:
+    """The model card of a student that is a whole pipeline of its teacher's class."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(PIPELINE_TEMPLATE).render(
+        name=name, path=json.dumps(f"./{name}"), notes=notes, recipe=recipe, method=find(notes["method"]),
+        calls=len(notes["sampler"]["times"]),
+        example='"a photograph of a red apple"', arguments=", ".join(f"{k}={v!r}" for k, v in notes["call"].items()),
+        front=yaml.safe_dump(_front(notes), sort_keys=False, allow_unicode=True))
+
+
 def card(name: str, notes: Mapping[str, Any], recipe: Recipe, results: Sequence[Path] = ()) -> str:
     """The model card, with one table of figures for each protocol among the result files."""
     sampler, method = notes["sampler"], find(notes["method"])
-    licence = str(notes.get("licence") or "")
-    short = licence.split(";")[0].strip().lower()
-    front = {"license": short if short in LICENCES else "other", **({} if short in LICENCES else {"license_name": licence or "unknown"}),
-             "library_name": "diffusers",
-             "tags": ["stepdistill", "distillation", "few-step", notes["method"], *(["class-conditional"] if notes["classes"] else [])]}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE).render(
         name=name, path=json.dumps(f"./{name}"), notes=notes, recipe=recipe, sampler=sampler, method=method, calls=len(sampler["times"]),
         times=", ".join(f"t = {t:.4g}" for t in sampler["times"]), teacher=Path(notes["teacher"]).name,
-        example=(list(notes["labels"]) or [None])[:2], front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+        example=(list(notes["labels"]) or [None])[:2], front=yaml.safe_dump(_front(notes), sort_keys=False, allow_unicode=True),
         tables=_tables(results, notes["unet_sha256"]))
+
+
+def _front(notes: Mapping[str, Any]) -> dict[str, Any]:
+    licence = str(notes.get("licence") or "")
+    short = licence.split(";")[0].strip().lower()
+    return {"license": short if short in LICENCES else "other", **({} if short in LICENCES else {"license_name": licence or "unknown"}),
+            "library_name": "diffusers",
+            "tags": ["stepdistill", "distillation", "few-step", notes["method"], *(["class-conditional"] if notes.get("classes") else [])]}
 
 
 def _tables(results: Sequence[Path], sha: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ class TeacherRecipe:
 
     path: str
     dtype: Literal["float32", "bfloat16"] = "float32"    # of the frozen weights
+    call: Mapping[str, Any] = field(default_factory=dict)  # keywords of a pipeline with prompts: height, width, negative_prompt
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,10 @@ class OptimRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Pictures for the methods that read them. A world brings its own."""
+    """Pictures for the methods that read them, prompts for the pipelines that take them. A world brings its own."""
 
     folder: Path | None = None                           # one sub-folder per class
+    prompts: Path | None = None                          # one prompt per line
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
     optim = {n: recipe.optim[n] for n in trained}            # method.gan_weight=0 needs no edit of a recipe that names the discriminator
     teacher = recipe.teacher if worlds.teacher_folder(recipe.teacher.path) else dataclasses.replace(
         recipe.teacher, path=str(Path(recipe.teacher.path).expanduser().absolute()))
-    folder = recipe.data.folder and recipe.data.folder.expanduser().absolute()
-    return dataclasses.replace(recipe, method=_resolved(recipe), optim=optim, teacher=teacher, data=DataRecipe(folder))
+    data = DataRecipe(*(path and path.expanduser().absolute() for path in (recipe.data.folder, recipe.data.prompts)))
+    return dataclasses.replace(recipe, method=_resolved(recipe), optim=optim, teacher=teacher, data=data)
 
 
 def _resolved(recipe: Recipe) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,27 @@ CLOCKS: dict[str, Callable[[NoiseProcess, Tensor], Tensor]] = {          # our t
     "index": _index,
     "t": lambda process, t: t,
     "sigma": lambda process, t: process.sigma(t),
+    "1000t": lambda process, t: 1000 * t,
     "1000sigma": lambda process, t: 1000 * process.sigma(t),
+    "1000alpha": lambda process, t: 1000 * process.alpha(t),
+    "sigma/(1+sigma)": lambda process, t: process.sigma(t) / (process.alpha(t) + process.sigma(t)),
     "log_sigma/4": lambda process, t: (process.sigma(t) / process.alpha(t)).log() / 4,
     "angle": lambda process, t: torch.atan2(process.sigma(t), process.alpha(t)),
 }
+
+
+class Wiring(Protocol):
+    """How a network is called and answered, where that is more than (x_t, clock, **cond) and one output."""
+
+    @property
+    def embeds(self) -> bool:
+        """Guidance is an input of the network, not a second pass."""
+        ...
+
+    def call(self, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], process: NoiseProcess, w: float | Tensor,
+             dtype: torch.dtype) -> dict[str, Any]: ...
+
+    def read(self, output: Any, x_t: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -40,9 +57,10 @@ class Denoiser:
     """A network with the process it was trained for.
 
     Called with x_t (B, ...), t (B,) or scalar in [0, 1] and a Conditioning, it returns a Prediction in float32 (float64 for a float64
-    network). `guidance` is the default w; `plain` is the same network unguided. `autocast` is the precision of the forward pass only.
-    `taps` name the submodules whose outputs `tap=True` returns as features. `channels` keeps the first channels of an output with a
-    learned variance. `wrapped` is the distributed wrapper, used only for the call that carries the trained role's gradient.
+    network). `guidance` is the default w; `plain` is the same network unguided; `law` is a row of guidance.LAWS. `autocast` is the
+    precision of the forward pass only. `taps` name the submodules whose outputs `tap=True` returns as features. `channels` keeps the
+    first channels of an output with a learned variance; a `wiring` does that, and the clock, for networks called in other ways.
+    `wrapped` is the distributed wrapper, used only for the call that carries the trained role's gradient.
     """
 
     network: nn.Module
@@ -53,6 +71,8 @@ class Denoiser:
     autocast: torch.dtype | None = None
     taps: tuple[str, ...] = ()
     channels: int | None = None
+    wiring: Wiring | None = None
+    law: str = "linear"
     wrapped: nn.Module | None = None
 
     @property
@@ -66,16 +86,26 @@ class Denoiser:
         return next(self.network.parameters()).dtype
 
     def copy(self) -> Denoiser:
-        """A deep copy of the weights, unguided, without the distributed wrapper."""
-        return replace(self, network=copy.deepcopy(self.network), guidance=1.0, wrapped=None)
+        """A deep copy of the weights, without the distributed wrapper and unguided, but for guidance that is an input of the network."""
+        embeds = self.wiring is not None and self.wiring.embeds
+        return replace(self, network=copy.deepcopy(self.network), guidance=self.guidance if embeds else 1.0, wrapped=None)
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The network's own output, differentiable in x_t and t."""
+    def raw(self, x_t: Tensor, t: Tensor, cond: Conditioning, w: float | Tensor = 1.0) -> Tensor:
+        """The network's own output, differentiable in x_t and t; `w` only where the network embeds its guidance."""
         module = self.network if self.wrapped is None or not torch.is_grad_enabled() else self.wrapped
+        if self.wiring:
+            arguments = self.wiring.call(x_t, t, cond, self.process, w, self.dtype)
+            with self._forward(x_t.device):
+                return at_least_float32(self.wiring.read(module(**arguments), x_t))
         clock = CLOCKS[self.clock](self.process, t).to(torch.float64 if self.dtype == torch.float64 else torch.float32)
-        with attention(x_t.device), torch.autocast(x_t.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        with self._forward(x_t.device):
             out = module(x_t.to(self.dtype), clock, return_dict=False, **cond)[0]
         return at_least_float32(out if self.channels is None else out[:, : self.channels])
+
+    @contextmanager
+    def _forward(self, device: torch.device) -> Iterator[None]:
+        with attention(device), torch.autocast(device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            yield
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning, *, w: float | Tensor | None = None, tap: bool = False) -> Prediction:
         """Predict; `w` overrides the default guidance, `tap` collects features (of the conditional half when guided)."""
@@ -83,15 +113,20 @@ class Denoiser:
         t = t.to(x_t.device).expand(len(x_t)) if t.ndim == 0 else t
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         w = self.guidance if w is None else w
-        if isinstance(w, float | int) and w == 1:
+        embeds = self.wiring is not None and self.wiring.embeds
+        if embeds or (isinstance(w, float | int) and w == 1):
             with tapped(self.network, self.taps if tap else ()) as features:
-                out = self.raw(x_t, t, cond)
+                out = self.raw(x_t, t, cond, w)
             return Prediction(out, self.kind, x_t, alpha, sigma, tuple(features))
-        n = len(x_t)
+        n, null = len(x_t), cond.null
         with tapped(self.network, self.taps if tap else ()) as features:
-            out = self.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(cond.null))
-        halves = [Prediction(o, self.kind, x_t, alpha, sigma, tuple(f[:n] for f in features)) for o in (out[:n], out[n:])]
-        return guide(halves[0], halves[1], w)
+            if cond.joins(null):
+                out = self.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(null))
+            else:                                                        # another length of text, or a mask that only one of them has
+                out = torch.cat([self.raw(x_t, t, cond), self.raw(x_t, t, null)])
+        seen = tuple(f[:n] for f in features[: len(self.taps)])
+        halves = [Prediction(o, self.kind, x_t, alpha, sigma, seen) for o in (out[:n], out[n:])]
+        return guide(halves[0], halves[1], w, self.law)
 
 
 def attention(device: torch.device) -> AbstractContextManager[None]:
@@ -124,9 +159,10 @@ def default_taps(network: nn.Module) -> tuple[str, ...]:
     children = dict(network.named_children())
     if "mid_block" in children:
         return ("mid_block",)
-    for name in ("transformer_blocks", "blocks", "layers"):
-        if isinstance(stack := children.get(name), nn.ModuleList) and len(stack):
-            return (f"{name}.{math.ceil(len(stack) / 2) - 1}",)
+    stacks = {name: child for name, child in children.items() if isinstance(child, nn.ModuleList) and name.endswith(("blocks", "layers"))}
+    if stacks:
+        name = max(stacks, key=lambda n: len(stacks[n]))
+        return (f"{name}.{math.ceil(len(stacks[name]) / 2) - 1}",)
     raise ValueError(f"{type(network).__name__} has neither a mid_block nor a stack of blocks: name the tapped modules in the recipe")
 
 

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.process import like
 
 
-def guide(cond: Prediction, null: Prediction, w: float | Tensor) -> Prediction:
-    """Guided prediction at one x_t. Linear, so it may be done in the network's own space; w is a number or one per sample (B,).
+def _norm(limit: float, axis: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def law(cond: Tensor, guided: Tensor) -> Tensor:
+        if guided.ndim <= axis:
+            return guided
+        return guided * (cond.norm(dim=axis, keepdim=True) / guided.norm(dim=axis, keepdim=True).clamp_min(1e-8)).clamp(0, limit)
+
+    return law
+
+
+# What pipelines do to the guided output afterwards. Its length along an axis of the state becomes that of the conditional output
+# (Qwen-Image, Lumina 2: the last axis; JoyImage: axis 2), or at most that (LongCat-Image). Lumina-Next guides three of its channels.
+LAWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda cond, guided: guided,
+    "norm kept": _norm(math.inf, -1),
+    "norm capped": _norm(1.0, -1),
+    "norm kept, axis 2": _norm(math.inf, 2),
+    "three channels": lambda cond, guided: torch.cat([guided[:, :3], cond[:, 3:]], 1),
+}
+
+
+def guide(cond: Prediction, null: Prediction, w: float | Tensor, law: str = "linear") -> Prediction:
+    """Guided prediction at one x_t. w is a number or one per sample (B,); `law` is a row of LAWS, applied in the network's own space.
 
     Features stay those of the conditional half.
     """
     scale = like(w, cond.raw) if isinstance(w, Tensor) else w
-    return Prediction(null.raw + scale * (cond.raw - null.raw), cond.kind, cond.x_t, cond.alpha, cond.sigma, cond.features)
+    guided = LAWS[law](cond.raw, null.raw + scale * (cond.raw - null.raw))
+    return Prediction(guided, cond.kind, cond.x_t, cond.alpha, cond.sigma, cond.features)

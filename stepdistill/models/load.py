@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 from torch.nn import functional
@@ -73,7 +81,7 @@ class Teacher:
     """A diffusion model ready to be distilled, and what an export must carry over from it."""
 
     denoiser: Denoiser
-    shape: tuple[int, int, int]                         # of one state, (C, H, W)
+    shape: tuple[int, ...]                              # of one state
     classes: int                                        # 0: unconditional
     null_class: int | None
     codec: Codec
@@ -85,6 +93,11 @@ class Teacher:
     def labels(self) -> tuple[str, ...]:
         """Names of the classes."""
         return tuple(self.notes.get("labels") or map(str, range(self.classes)))
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """What a student's own pipeline must be called with besides its steps; guidance, where that pipeline would guide by default."""
+        return {}
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +139,30 @@ def process_of(scheduler: Mapping[str, Any]) -> tuple[NoiseProcess, str, str]:
         raise ValueError("a table that ends in pure noise (zero terminal SNR) needs prediction_type v_prediction or sample: there, epsilon "
                          "says nothing about x0")
     return TableVP(table), kind, "index"
+
+
+def first_order(scheduler: Any) -> tuple[Any, NoiseProcess, str, str]:
+    """(a one-step scheduler in the network's own frame, process, prediction kind, the clock its times count) for a pipeline's scheduler.
+
+    Multistep and ancestral schedulers, and those that rescale their states (Euler on a DDPM table), are samplers: the teacher is the same
+    model under DDIM (unclipped) or FlowMatchEuler. Raises ValueError for a scheduler without a known prediction type.
+    """
+    config = dict(scheduler.config)
+    if type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        shift = config.get("flow_shift") or config.get("shift") or 1.0
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            return scheduler, Flow(shift), "flow", "1000alpha" if config.get("invert_sigmas") else "1000sigma"
+        plain = FlowMatchEulerDiscreteScheduler(num_train_timesteps=config["num_train_timesteps"], shift=shift)
+        return plain, Flow(shift), "flow", "1000sigma"
+    table, kind = getattr(scheduler, "alphas_cumprod", None), KINDS.get(config.get("prediction_type", "epsilon"))
+    if table is None or kind is None:
+        raise ValueError(f"scheduler {type(scheduler).__name__} with prediction_type {config.get('prediction_type')!r} is neither "
+                         "a DDPM table nor flow matching, so its noise process is unknown")
+    cls = CogVideoXDDIMScheduler if isinstance(scheduler, CogVideoXDDIMScheduler | CogVideoXDPMScheduler) else DDIMScheduler
+    # linspace is not for DDIM, whose steps would not end where the next begins; a learned variance is not for it either
+    spacing = "trailing" if config.get("timestep_spacing") == "linspace" else config.get("timestep_spacing", "leading")
+    plain = cls.from_config({**config, "variance_type": "fixed_small"}, clip_sample=False, thresholding=False, timestep_spacing=spacing)
+    return plain, TableVP(table), kind, "index"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -180,25 +217,59 @@ def without_dropout(network: nn.Module) -> nn.Module:
     return network
 
 
+def is_prompted(folder: Path) -> bool:
+    """Whether this is a pipeline that is recorded as a whole: one whose network is none of NETWORKS."""
+    configs = [folder / name / "config.json" for name in ("unet", "transformer")]
+    known = any(read_json(config).get("_class_name") in NETWORKS for config in configs if config.is_file())
+    return (folder / "model_index.json").is_file() and not known
+
+
+def load_pipeline(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+                  trust_remote_code: bool = False) -> Any:
+    """A diffusers pipeline from a folder, safetensors only. FileNotFoundError or ValueError naming what is missing."""
+    folder = Path(path).expanduser()
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+    for name, entry in read_json(folder / "model_index.json").items():
+        if isinstance(entry, list) and entry[0] is not None and not (folder / name).is_dir() and not name.startswith("_"):
+            raise FileNotFoundError(f"{folder} lacks its component {name!r}: model_index.json names {entry[1]}, and there is no {name}/")
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype,
+                                                               trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be loaded as a diffusers pipeline: {' '.join(str(error).split())[:300]}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
 def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None,
-                 dtype: torch.dtype = torch.float32, guidance: float = 1.0, taps: tuple[str, ...] = ()) -> Teacher:
+                 dtype: torch.dtype = torch.float32, guidance: float = 1.0, taps: tuple[str, ...] = (),
+                 prompts: Sequence[str] = (), call: Mapping[str, Any] | None = None) -> Teacher:
     """Load a teacher (or an exported student) from the name of a shipped world or from a diffusers folder.
 
     The folder is a pipeline (`model_index.json` with unet/ or transformer/, scheduler/, perhaps vae/) or a bare network beside its
-    `scheduler_config.json`. `dtype` is what frozen weights are stored in.
+    `scheduler_config.json`. `dtype` is what frozen weights are stored in. A pipeline whose network is none of NETWORKS is recorded, and
+    reads `prompts`; `call` are further keywords for it.
     """
     from stepdistill import worlds
 
     folder = worlds.teacher_folder(str(path)) or Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no teacher at {path}: give a diffusers folder or the name of a shipped world ({', '.join(worlds.NAMES)})")
+    notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
+    if is_prompted(folder):
+        from stepdistill.models.prompted import load_prompted
+
+        return load_prompted(folder, prompts, call or {}, device=device, autocast=autocast, dtype=dtype, guidance=guidance, taps=taps,
+                             notes=notes)
+    if prompts or call:
+        raise ValueError(f"{path} takes no prompts: leave data.prompts and teacher.call out of the recipe")
     inner = next((folder / n for n in ("unet", "transformer") if (folder / n).is_dir()), folder)
     places = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
     scheduler_file = next((p for p in places if p.is_file()), None)
     if scheduler_file is None:
         raise FileNotFoundError(f"{folder} has no scheduler_config.json, so its noise process is unknown")
     scheduler = read_json(scheduler_file)
-    notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
     process, kind, clock = process_of(scheduler)
     network = keep_output_float32(load_network(inner)).to(device)
     if dtype != torch.float32:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from stepdistill.data.prompts import read_prompts
 from stepdistill.data.streams import Source, source
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods import find
@@ -102,7 +103,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     cls, config = find(recipe.method["name"]), recipe.method_config
     dtype = torch.float64 if recipe.precision == "fp64" else getattr(torch, recipe.teacher.dtype)
     teacher = load_teacher(recipe.teacher.path, device=accelerator.device, autocast=AUTOCAST[recipe.precision], dtype=dtype,
-                           guidance=recipe.guidance, taps=recipe.student.taps)
+                           guidance=recipe.guidance, taps=recipe.student.taps,
+                           prompts=read_prompts(recipe.data.prompts) if recipe.data.prompts else (), call=recipe.teacher.call)
     torch.manual_seed(recipe.seed)
     method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.sampler))
     method.sampler()                                                            # a wrong grid speaks up before anything is built

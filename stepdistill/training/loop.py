@@ -150,7 +150,7 @@ def save(run: Run, out: Path, step: int, skipped: int, seconds: float) -> None:
     if run.accelerator.is_main_process:
         state = {"counts": run.optim.counts, "method": run.method.state(), "skipped": skipped, "seconds": seconds,
                  "threads": torch.get_num_threads(), "torch": torch.__version__, "processes": run.accelerator.num_processes,
-                 "sampler": run.method.sampler().to_dict()}
+                 "sampler": run.method.sampler().to_dict(), "call": run.teacher.call}
         checkpoint.save(out / CHECKPOINTS, step, run.tensors(), state, run.recipe.keep)
     run.accelerator.wait_for_everyone()
 

@@ -1,0 +1,168 @@
+"""Recorded adapters against the pipelines themselves: tiny networks of the real classes, parity to 1e-4."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from zoo import basics, images, videos
+
+from stepdistill.models.parity import forced, loop, prove
+from stepdistill.models.recording import record
+from stepdistill.models.wiring import FromClock, FromCondition, FromSample, FromScale, leaves_of
+
+BOUND = 1e-4
+ZOO = {**basics.EXHIBITS, **images.EXHIBITS, **{k: v for k, v in videos.EXHIBITS.items() if k != "kandinsky5"}}
+NAMED = ("ddpm", "ddim", "dit", "sd15", "sd21-v", "sdxl", "sd3", "pixart-alpha", "pixart-sigma", "hunyuandit", "sana", "lumina2",
+         "auraflow", "chroma", "cogview4", "flux-dev", "flux-schnell", "flux2", "qwen-image", "z-image", "kandinsky3",
+         "wan21", "cogvideox", "ltx", "hunyuan-video", "mochi", "latte", "animatediff")
+REFUSED = {
+    "wan22": "several networks", "glm_image": "made anew for every call", "qwen-image21": "made anew for every call",
+    "cosmos2-image": "depends on the state itself", "cosmos": "neither a DDPM table nor flow matching",
+    "sana_sprint": "neither a DDPM table nor flow matching", "stable_cascade": "neither a DDPM table nor flow matching",
+    "anyflow": "neither a DDPM table nor flow matching", "hunyuan_image-distilled": "timestep_r is linear in none",
+    "text-to-video": "another order of samples"}
+
+
+def recorded(name):
+    exhibit = ZOO[name]
+    return record(exhibit.build(), exhibit.inputs), exhibit
+
+
+def leaves(recording, kind):
+    return {path: leaf for path, leaf in leaves_of(recording.wiring.arguments) if isinstance(leaf, kind)}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_parity(name):
+    recording, exhibit = recorded(name)
+    parity = prove(recording, exhibit.inputs, exhibit.other_shape or None)
+    assert parity.worst < BOUND, parity
+
+
+UNFIT = {"omnigen", "ltx-condition", "consistency_models", "stable_cascade-prior", "cosmos2-video", "ltx2", "skyreels-v2-forcing",
+         "anyflow-far"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(ZOO) - set(NAMED) - set(REFUSED) - UNFIT))
+def test_parity_of_the_others(name):
+    recording, exhibit = recorded(name)
+    parity = prove(recording, exhibit.inputs, exhibit.other_shape or None)
+    assert parity.worst < BOUND, parity
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_cannot_be_recorded_says_why(name):
+    with pytest.raises(ValueError, match=REFUSED[name]):
+        recorded(name)
+
+
+@pytest.mark.parametrize(("name", "offset", "law"), [
+    ("sd15", 0.0, "linear"), ("z-image", 1.0, "linear"), ("kandinsky3", 1.0, "linear"), ("qwen-image", 0.0, "norm kept"),
+    ("lumina", 0.0, "three channels"), ("longcat_image", 0.0, "norm capped"), ("joyimage", 0.0, "norm kept, axis 2")])
+def test_guidance_laws_are_told_apart(name, offset, law):
+    recording, _ = recorded(name)
+    assert (recording.offset, recording.denoiser.law) == (offset, law)
+
+
+def test_embedded_guidance_is_an_input():
+    recording, exhibit = recorded("flux2")
+    assert recording.offset is None
+    assert recording.keyword == "guidance_scale"
+    assert leaves(recording, FromScale)["guidance"].a == 1.0
+    cond = recording.encode(exhibit.inputs(["a"]), 1)
+    x_t, t = torch.randn(1, *recording.shape), torch.tensor([0.5])
+    low, high = (recording.denoiser(x_t, t, cond, w=w).raw for w in (1.0, 4.0))
+    assert not torch.allclose(low, high)
+    assert cond.nulls is None
+
+
+def test_a_guidance_embedding_made_by_the_pipeline_is_part_of_the_condition():
+    recording, exhibit = recorded("latent_consistency")
+    weak, strong = (recording.encode(exhibit.inputs(["a"]), 1, number) for number in (2.0, 8.0))
+    assert not torch.equal(weak["timestep_cond"], strong["timestep_cond"])
+    assert "part of the condition" in recording.notes[0]
+
+
+@pytest.mark.parametrize(("name", "basis", "a", "b"), [
+    ("sd15", "index", 1.0, 0.0), ("sd3", "1000sigma", 1.0, 0.0), ("flux-dev", "1000sigma", 0.001, 0.0),
+    ("lumina2", "1000sigma", -0.001, 1.0),
+    ("cogview4", "1000t", 1.0, 0.0), ("mochi", "1000alpha", 1.0, 0.0)])
+def test_clocks(name, basis, a, b):
+    recording, _ = recorded(name)
+    (clock,) = leaves(recording, FromClock).values()
+    assert (clock.basis, clock.a, clock.b) == (basis, pytest.approx(a, rel=1e-5), b)
+
+
+def test_lists_slices_and_packed_states():
+    listed, _ = recorded("z-image")
+    (sample,) = leaves(listed, FromSample).values()
+    assert sample.listed
+    assert sample.layout.how == "singles"
+    assert listed.wiring.layout.how == "squeezed"
+    learned_sigma, _ = recorded("dit")
+    assert learned_sigma.wiring.layout.how == "slice"
+    assert learned_sigma.shape == (4, 8, 8)
+    packed, _ = recorded("qwen-image")
+    assert packed.shape == (16, 16)
+
+
+def test_a_mask_that_only_one_half_has_splits_the_guided_call():
+    """Qwen-Image hands over no mask where all prompts are full."""
+    recording, exhibit = recorded("qwen-image")
+    cond = recording.encode(exhibit.inputs(["an old ship in a storm", "a blue circle"]), 2)
+    assert cond["encoder_hidden_states_mask"] is None
+    assert cond.nulls["encoder_hidden_states_mask"] is not None
+    assert not cond.joins(cond.null)
+
+
+def test_a_condition_can_be_sliced_and_joined_whatever_its_leaves_are():
+    recording, exhibit = recorded("z-image")
+    whole = recording.encode(exhibit.inputs(["a red apple", "x"]), 2)
+    parts = [whole.slice(slice(i, i + 1)) for i in range(2)]
+    x_t, t = torch.randn(2, *recording.shape), torch.tensor([0.3, 0.8])
+    for cond in (parts[0].cat(parts[1]), whole.slice(torch.tensor([0, 1]))):
+        assert torch.allclose(recording.denoiser(x_t, t, cond, w=3.0).raw, recording.denoiser(x_t, t, whole, w=3.0).raw, atol=1e-4)
+
+
+def test_position_ids_and_rotary_tables_follow_the_size_of_the_state():
+    recording, exhibit = recorded("flux-schnell")
+    small, large = (recording.encode({**exhibit.inputs(["a"]), **other}, 1) for other in ({}, exhibit.other_shape))
+    assert leaves(recording, FromCondition)["img_ids"].shared
+    assert small["img_ids"].shape != large["img_ids"].shape
+
+
+def test_the_recorded_network_is_differentiable_in_state_and_weights():
+    recording, exhibit = recorded("sd15")
+    cond = recording.encode(exhibit.inputs(["a"]), 1)
+    x_t = torch.randn(1, *recording.shape, requires_grad=True)
+    recording.denoiser.network.requires_grad_(True)
+    recording.denoiser(x_t, torch.tensor([0.5]), cond, w=3.0).x0.square().sum().backward()
+    assert bool(x_t.grad.abs().sum() > 0)
+    assert all(p.grad is not None for p in recording.denoiser.network.parameters())
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux-dev"])
+@pytest.mark.parametrize("fault", ["sign", "clock", "law"])
+def test_the_proof_fails_on_a_wrong_recording(name, fault):
+    recording, exhibit = recorded(name)
+    wiring, denoiser = recording.wiring, recording.denoiser
+    if fault == "sign":
+        denoiser = replace(denoiser, wiring=replace(wiring, sign=-wiring.sign))
+    elif fault == "law":
+        denoiser = replace(denoiser, law="norm capped")
+    else:
+        bent = {k: replace(v, a=v.a * 1.05) if isinstance(v, FromClock) else v for k, v in wiring.arguments.items()}
+        denoiser = replace(denoiser, wiring=replace(wiring, arguments=bent))
+    wrong = replace(recording, denoiser=denoiser)
+    assert forced(wrong, exhibit.inputs) > 10 * BOUND
+    assert loop(wrong, exhibit.inputs) > 10 * BOUND
+
+
+def test_a_recording_in_bfloat16_learns_the_same():
+    exhibit = ZOO["sd3"]
+    full, half = record(exhibit.build(), exhibit.inputs), record(exhibit.build().to(torch.bfloat16), exhibit.inputs)
+    assert half.wiring.layout == full.wiring.layout
+    assert half.wiring.sign == full.wiring.sign
+    assert {k: (v.basis, v.a, v.b) for k, v in leaves(half, FromClock).items()} == {
+        k: (v.basis, v.a, v.b) for k, v in leaves(full, FromClock).items()}

@@ -1,0 +1,203 @@
+"""A whole pipeline with prompts: trained without pictures, exported as a pipeline of its own class, loaded by plain diffusers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from tiny import final_tensors, png_size
+from zoo import basics, images
+
+from stepdistill import cli
+from stepdistill import recipe as recipes
+from stepdistill.data.prompts import read_prompts
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.sampler import SamplerSpec, sample
+from stepdistill.export import export
+from stepdistill.models.load import load_teacher
+from stepdistill.training import loop
+
+PROMPTS = ("a red apple", "a cat on the mat", "snow", "two blue houses")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A saved Stable Diffusion of a few thousand weights and a file of prompts."""
+    folder = tmp_path_factory.mktemp("sd")
+    basics.stable_diffusion().save_pretrained(folder / "teacher")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return folder
+
+
+def tree(world, **changes):
+    return {"teacher": {"path": str(world / "teacher"), "call": {"height": 16, "width": 16}},
+            "student": {"steps": 2}, "method": {"name": "dmd2", "fake_updates": 2, "gan_weight": 0},
+            "optim": {"student": {"lr": 1e-4}, "fake": {"lr": 1e-4}}, "data": {"prompts": str(world / "prompts.txt")},
+            "guidance": 3.0, "steps": 2, "batch_size": 4, "precision": "fp32", "ema_decay": 0.9, "preview_count": 2,
+            "trackers": [], **changes}
+
+
+@pytest.fixture(scope="module")
+def run(world):
+    out = world / "run"
+    assert loop.start(recipes.parse(tree(world)), out).finished
+    return out
+
+
+@pytest.fixture(scope="module")
+def student(run):
+    export(run, run.parent / "student")
+    return run.parent / "student"
+
+
+def teacher_of(world, **options):
+    return load_teacher(world / "teacher", prompts=PROMPTS, call={"height": 16, "width": 16}, **options)
+
+
+def test_prompts_take_the_place_of_classes(world):
+    teacher = teacher_of(world, guidance=3.0)
+    assert (teacher.classes, teacher.labels, teacher.shape) == (4, PROMPTS, (4, 8, 8))
+    cond = teacher.condition(torch.tensor([2, 0]))
+    alone = teacher.recording.encode(teacher.inputs(["snow"]), 1)
+    assert torch.equal(cond["encoder_hidden_states"][:1], alone["encoder_hidden_states"])
+    assert torch.equal(cond.null["encoder_hidden_states"][0], cond.null["encoder_hidden_states"][1])
+
+
+def test_pictures_are_what_the_pipelines_own_decoder_makes(world):
+    teacher = teacher_of(world)
+    x0 = torch.randn(2, 4, 8, 8)
+    pipeline = teacher.recording.driven.pipeline
+    with torch.no_grad():
+        expected = (pipeline.vae.decode(x0 / pipeline.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(teacher.pictures(x0), (expected * 255).round().to(torch.uint8))
+
+
+def test_training_moves_the_student_and_leaves_a_preview(world, run):
+    tensors = final_tensors(run)
+    student = {k.removeprefix("role/student/"): v for k, v in tensors.items() if k.startswith("role/student/")}
+    teacher = teacher_of(world).denoiser.network.state_dict()
+    assert student.keys() == teacher.keys()
+    assert any(not torch.equal(v, teacher[k]) for k, v in student.items())
+    assert png_size(run / "previews" / "00000002.png") == (2 * 16 + 2, 16) or png_size(run / "previews" / "00000002.png")[1] >= 16
+
+
+def test_the_export_is_a_pipeline_of_the_teachers_class(student):
+    pipeline = DiffusionPipeline.from_pretrained(student)
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    assert type(pipeline.scheduler).__name__ == "LCMScheduler"
+    notes = json.loads((student / "stepdistill.json").read_text())
+    assert notes["call"] == {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 1.0}
+    assert recipes.load(student / "recipe.yaml").guidance == 3.0
+    card = (student / "README.md").read_text()
+    assert "num_inference_steps=2" in card
+    assert "guidance_scale=1.0" in card
+
+
+def test_the_export_loads_and_runs_where_stepdistill_cannot_be_imported(student):
+    code = ("import sys; sys.modules['stepdistill'] = None\n"
+            "from diffusers import DiffusionPipeline\n"
+            f"pipe = DiffusionPipeline.from_pretrained({str(student)!r})\n"
+            "image = pipe('a red apple', height=16, width=16, num_inference_steps=2, guidance_scale=1.0)[0][0]\n"
+            "print(image.size)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("(16, 16)")
+
+
+def test_one_step_of_the_exported_pipeline_equals_our_sampler(world, run):
+    """From the same noise: the LCM scheduler's boundary terms are below 1e-6 at the first step."""
+    teacher, spec = teacher_of(world), SamplerSpec((1.0,))
+    weights = {k.removeprefix("ema/"): v for k, v in final_tensors(run).items() if k.startswith("ema/")}
+    teacher.denoiser.network.load_state_dict(weights)
+    draws = Draws(7, range(2))
+    ours = sample(teacher.denoiser, spec, teacher.condition(torch.tensor([0, 1])), draws, teacher.shape)
+    pipeline = DiffusionPipeline.from_pretrained(run.parent / "student") if (run.parent / "student").exists() else None
+    if pipeline is None:
+        export(run, run.parent / "student")
+        pipeline = DiffusionPipeline.from_pretrained(run.parent / "student")
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(list(PROMPTS[:2]), height=16, width=16, num_inference_steps=1, guidance_scale=1.0, output_type="latent",
+                      latents=draws.each("start").normal(*teacher.shape))[0]
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
+
+
+def test_a_guidance_embedding_stays_an_input_of_the_student(tmp_path):
+    """FLUX-like: the student keeps the number it was made with, and its export asks for it."""
+    exhibit = images.EXHIBITS["flux2"]
+    from stepdistill.models.prompted import PipelineCodec, PromptTeacher
+    from stepdistill.models.recording import record
+
+    recording = record(exhibit.build(), exhibit.inputs)
+    recording.denoiser.guidance = 3.5
+    teacher = PromptTeacher(recording.denoiser, recording.shape, 1, None, PipelineCodec(recording, exhibit.inputs), tmp_path, {}, {},
+                            recording=recording, inputs=exhibit.inputs, prompts=("a",), bank=None)
+    assert recording.denoiser.copy().guidance == 3.5
+    assert teacher.call == {"guidance_scale": 3.5}
+
+
+@pytest.mark.parametrize(("content", "name", "message"), [
+    ("a\n\nb\n", "p.txt", "line 2: the prompt is empty"), ("", "p.txt", "is empty"), ("a", "p.md", "must end in"),
+    ('{"prompt": "a"}\n{"x": 1}\n', "p.jsonl", "line 2: no text"), ('{"prompt"', "p.jsonl", "line 1: not a JSON"),
+    ("prompt,x\n,1\n", "p.csv", "line 2: the prompt is empty"), ("a,b\n1,2\n", "p.csv", "no column prompt")])
+def test_a_bad_file_of_prompts_names_the_line(tmp_path, content, name, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(("content", "name"), [("a\nb c\n", "p.txt"), ('{"prompt": "a"}\n{"caption": "b c"}\n', "p.jsonl"),
+                                               ("x,caption\n1,a\n2,b c\n", "p.csv")])
+def test_prompts_are_read_from_three_kinds_of_file(tmp_path, content, name):
+    (tmp_path / name).write_text(content)
+    assert read_prompts(tmp_path / name) == ("a", "b c")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"data": {}}, "data.prompts"), ({"data": {"prompts": "/nowhere.txt"}}, "does not exist"),
+    ({"method": {"name": "dmd2", "gan_weight": 0.1}, "optim": {k: {"lr": 1e-4} for k in ("student", "fake", "disc")}}, "data.folder")])
+def test_what_a_recipe_lacks_is_one_line(world, tmp_path, capsys, changes, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(tree(world, **changes)))
+    assert cli.run(["train", "--config", str(file), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+class TestProbe:
+    def test_a_pipeline_that_fits(self, world, capsys):
+        assert cli.run(["probe", str(world / "teacher"), "height=16", "width=16", "--other", "width=24", "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["fits"]
+        assert max(report["parity"].values()) < 1e-4
+        assert report["guidance"] == {"law": "linear", "keyword": "guidance_scale", "w": "g", "embedded_in": []}
+        assert report["clock"] == {"timestep": "index"}
+        assert report["prediction"] == "eps"
+        assert report["state"] == [4, 8, 8]
+
+    def test_it_tells_a_person(self, world, capsys):
+        assert cli.run(["probe", str(world / "teacher"), "height=16", "width=16"]) == 0
+        out = capsys.readouterr().out
+        assert "fits: it can be distilled as it is" in out
+        assert "guidance_scale g is our w = g" in out
+
+    @pytest.mark.parametrize(("arguments", "message"), [
+        (["hight=16"], "did you mean 'height'"), (["height"], "must read key=value"), (["--dtype", "int8"], "dtype must be")])
+    def test_bad_keywords(self, world, capsys, arguments, message):
+        assert cli.run(["probe", str(world / "teacher"), *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_a_folder_that_is_no_pipeline(self, tmp_path, capsys):
+        assert cli.run(["probe", str(tmp_path)]) == 2
+        assert "model_index.json" in capsys.readouterr().err
+
+    def test_a_missing_component(self, world, tmp_path, capsys):
+        import shutil
+
+        shutil.copytree(world / "teacher", tmp_path / "broken")
+        shutil.rmtree(tmp_path / "broken" / "text_encoder")
+        assert cli.run(["probe", str(tmp_path / "broken")]) == 2
+        assert "lacks its component 'text_encoder'" in capsys.readouterr().err
