@@ -25,6 +25,7 @@ import jinja2
 import torch
 import yaml
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from peft import LoraConfig
 from torch import Tensor
 
 import stepdistill
@@ -32,6 +33,7 @@ from stepdistill import recipe as recipes
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.times import trailing
 from stepdistill.methods import find
+from stepdistill.models.adapters import LoraRecipe, diffusers_names, is_adapter, layers_of, merged
 from stepdistill.models.drive import Driven
 from stepdistill.models.load import NOTES, Teacher, Vae, is_prompted, load_pipeline, load_teacher, read_json
 from stepdistill.recipe import Recipe
@@ -106,12 +108,17 @@ def _export_pipeline(run: Path, to: Path, tensors: Mapping[str, Tensor], state: 
     pipeline = load_pipeline(source)
     prefix = "ema/" if ema else "role/student/"
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    component = next((name for name, part in pipeline.components.items()
-                      if isinstance(part, torch.nn.Module) and part.state_dict().keys() == weights.keys()), None)
-    if component is None:
+    lora = recipe.lora.get("student")
+    fits = (lambda part: layers_of(weights) <= dict(part.named_modules()).keys()) if lora else (
+        lambda part: part.state_dict().keys() == weights.keys())
+    component = next((n for n, part in pipeline.components.items() if isinstance(part, torch.nn.Module) and fits(part)), None)
+    if component is None or is_adapter(weights) != bool(lora):
         raise ValueError(f"the checkpoint of {run} fits no network of the pipeline at {source}; was the teacher replaced?")
     network = getattr(pipeline, component)
-    network.load_state_dict(weights)
+    if lora:
+        merged(network, weights, lora)
+    else:
+        network.load_state_dict(weights)
     torch.nn.Module.to(network, dtype)
     driven = Driven(pipeline)
     pipeline.scheduler = scheduler_of({"_class_name": type(driven.scheduler).__name__, **driven.scheduler.config}, spec)
@@ -123,11 +130,25 @@ def _export_pipeline(run: Path, to: Path, tensors: Mapping[str, Tensor], state: 
         pipeline.save_pretrained(folder, safe_serialization=True)
         for inner in (*folder.glob("*/config.json"), folder / INDEX):
             _edit(inner, {"_name_or_path": None})
+        if lora:
+            _save_lora(pipeline, component, weights, lora, folder / "lora")
         (folder / RECIPE).write_text(recipes.dump(recipe))
         digest = sha256(next(iter(sorted((folder / component).glob("*.safetensors")))))
         (folder / NOTES).write_text(json.dumps({**notes, "weights_sha256": digest}, indent=1, ensure_ascii=False) + "\n")
         (folder / CARD).write_text(pipeline_card(to.name, notes, recipe))
     return Exported(str(to), notes["step"], recipe.steps, ema, digest)
+
+
+def _save_lora(pipeline: Any, component: str, weights: Mapping[str, Tensor], lora: LoraRecipe, folder: Path) -> None:
+    """The adapter alone, for `load_lora_weights` on the teacher's own pipeline at scale 1; its alpha is in the file."""
+    names = diffusers_names(weights)
+    layers = sorted({name.rpartition(".lora_")[0] for name in names})
+    metadata = LoraConfig(r=lora.rank, lora_alpha=lora.scale, target_modules=layers).to_dict()
+    save = getattr(pipeline, "save_lora_weights", None)
+    if save is None or f"{component}_lora_layers" not in inspect.signature(save).parameters:
+        return                                                                   # this pipeline class has no loader for adapters
+    save(folder, **{f"{component}_lora_layers": {k: v.contiguous() for k, v in names.items()},
+                    f"{component}_lora_adapter_metadata": metadata}, safe_serialization=True)
 
 
 def load_student(folder: Path, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None,
@@ -373,6 +394,11 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({{ path }})
 images = pipe({{ example }}, {{ arguments }}, generator=torch.Generator().manual_seed(0))[0]
 ```
+{% if recipe.lora.get("student") %}
+
+`lora/` holds the adapter alone, of rank {{ recipe.lora["student"].rank }}: `load_lora_weights` puts it on the teacher's own pipeline, at
+scale 1. The weights in this folder have it merged in.
+{% endif %}
 
 It was trained for {{ calls }} step{{ "s" if calls > 1 }} and this guidance, which is built in: other values give no promise.
 

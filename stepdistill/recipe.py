@@ -21,6 +21,7 @@ from stepdistill import worlds
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.times import trailing
 from stepdistill.methods import find
+from stepdistill.models.adapters import LoraRecipe
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Recipe:
     teacher: TeacherRecipe
     method: Mapping[str, Any]
     optim: Mapping[str, OptimRecipe]
+    lora: Mapping[str, LoraRecipe] = field(default_factory=dict)  # roles that are adapters on the teacher's own network: one base for all
     student: StudentRecipe = StudentRecipe()
     data: DataRecipe = DataRecipe()
     guidance: float = 1.0                                # the teacher's w in null + w·(cond - null); 1 is none
@@ -96,6 +98,7 @@ class Recipe:
     accumulate: int = 1                                  # micro-batches per optimiser step
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # of the forward passes; trained weights stay float32
     weights: Literal["float32", "bfloat16"] = "float32"  # what trained weights are stored in
+    gradient_checkpointing: bool = False                 # recompute activations in the backward pass: less memory, a third slower
     compile: bool = False                                # torch.compile of every denoiser
     ema_decay: float = 0.999                             # of the student, per student update; 0 keeps none
     checkpoint_every: int = 500

@@ -1,6 +1,7 @@
 """A whole pipeline with prompts: trained without pictures, exported as a pipeline of its own class, loaded by plain diffusers."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
-from tiny import final_tensors, png_size
+from tiny import final_tensors, png_size, unequal
 from zoo import basics, images
 
 from stepdistill import cli
@@ -123,6 +124,51 @@ def test_one_step_of_the_exported_pipeline_equals_our_sampler(world, run):
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
 
 
+@pytest.fixture(scope="module")
+def adapted_run(world):
+    out = world / "lora_run"
+    recipe = tree(world, lora={"student": {"rank": 4, "alpha": 8}, "fake": {"rank": 2}}, gradient_checkpointing=True)
+    recipe["optim"]["student"]["lr"] = 0.05
+    assert loop.start(recipes.parse(recipe), out).finished
+    export(out, world / "lora_student")
+    return out
+
+
+def latents(pipeline, **options):
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    return pipeline(list(PROMPTS[:2]), height=16, width=16, num_inference_steps=1, guidance_scale=1.0, output_type="latent", latents=noise,
+                    **options)[0]
+
+
+def test_adapters_hold_one_base_and_small_checkpoints(adapted_run, run):
+    adapted, full = final_tensors(adapted_run), final_tensors(run)
+    size = lambda tensors: sum(v.numel() for k, v in tensors.items() if k.startswith(("role/", "ema/", "optim/")))   # noqa: E731
+    assert size(adapted) < size(full) / 2
+    assert all("lora_" in k for k in adapted if k.startswith(("role/", "ema/")))
+
+
+def test_a_merged_adapter_and_the_adapter_alone_give_the_same_pictures(world, adapted_run):
+    merged = latents(DiffusionPipeline.from_pretrained(world / "lora_student"))
+    pipeline = DiffusionPipeline.from_pretrained(world / "teacher")
+    pipeline.scheduler = DiffusionPipeline.from_pretrained(world / "lora_student").scheduler
+    before = latents(pipeline)
+    pipeline.load_lora_weights(world / "lora_student" / "lora")
+    alone = latents(pipeline)
+    assert float((merged - before).abs().max() / before.abs().max()) > 1e-3                 # it learnt something
+    assert float((merged - alone).abs().max() / merged.abs().max()) < 1e-4
+
+
+def test_a_resumed_adapter_run_equals_an_uninterrupted_one(world, tmp_path):
+    whole, halves = (tree(world, lora={"student": {"rank": 2}, "fake": {"rank": 2}}, steps=4, checkpoint_every=2) for _ in range(2))
+    loop.start(recipes.parse(whole), tmp_path / "whole")
+    loop.start(recipes.parse(halves), tmp_path / "halves")
+    newest = sorted((tmp_path / "halves" / "checkpoints").iterdir())[-1]
+    shutil.rmtree(newest)
+    assert loop.resume(tmp_path / "halves").finished
+    assert not unequal(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "halves"))
+
+
 def test_a_guidance_embedding_stays_an_input_of_the_student(tmp_path):
     """FLUX-like: the student keeps the number it was made with, and its export asks for it."""
     exhibit = images.EXHIBITS["flux2"]
@@ -133,7 +179,10 @@ def test_a_guidance_embedding_stays_an_input_of_the_student(tmp_path):
     recording.denoiser.guidance = 3.5
     teacher = PromptTeacher(recording.denoiser, recording.shape, 1, None, PipelineCodec(recording, exhibit.inputs), tmp_path, {}, {},
                             recording=recording, inputs=exhibit.inputs, prompts=("a",), bank=None)
-    assert recording.denoiser.copy().guidance == 3.5
+    student = recording.denoiser.copy()
+    cond = recording.encode(exhibit.inputs(["a"]), 1)
+    x_t, t = torch.randn(1, *teacher.shape), torch.tensor([0.5])
+    assert torch.equal(student(x_t, t, cond, w=1.0).raw, recording.denoiser(x_t, t, cond).raw)
     assert teacher.call == {"guidance_scale": 3.5}
 
 
@@ -195,8 +244,6 @@ class TestProbe:
         assert "model_index.json" in capsys.readouterr().err
 
     def test_a_missing_component(self, world, tmp_path, capsys):
-        import shutil
-
         shutil.copytree(world / "teacher", tmp_path / "broken")
         shutil.rmtree(tmp_path / "broken" / "text_encoder")
         assert cli.run(["probe", str(tmp_path / "broken")]) == 2

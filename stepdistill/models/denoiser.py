@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.process import NoiseProcess, TableVP, at_least_float32
+from stepdistill.models.adapters import adapted
+from stepdistill.models.attention import attention
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.guidance import guide
 
@@ -60,7 +61,9 @@ class Denoiser:
     network). `guidance` is the default w; `plain` is the same network unguided; `law` is a row of guidance.LAWS. `autocast` is the
     precision of the forward pass only. `taps` name the submodules whose outputs `tap=True` returns as features. `channels` keeps the
     first channels of an output with a learned variance; a `wiring` does that, and the clock, for networks called in other ways.
-    `wrapped` is the distributed wrapper, used only for the call that carries the trained role's gradient.
+    `adapter` is the LoRA adapter of the network that this role is, None the network without any. Where guidance is an input of the
+    network, `embedded` fixes it: a student is told the number it was made with, whatever w is asked for. `wrapped` is the distributed
+    wrapper, used only for the call that carries the trained role's gradient.
     """
 
     network: nn.Module
@@ -73,6 +76,8 @@ class Denoiser:
     channels: int | None = None
     wiring: Wiring | None = None
     law: str = "linear"
+    adapter: str | None = None
+    embedded: float | None = None
     wrapped: nn.Module | None = None
 
     @property
@@ -86,9 +91,13 @@ class Denoiser:
         return next(self.network.parameters()).dtype
 
     def copy(self) -> Denoiser:
-        """A deep copy of the weights, without the distributed wrapper and unguided, but for guidance that is an input of the network."""
+        """Another role with a deep copy of the weights, unguided and without the distributed wrapper."""
+        return replace(self.shared(None), network=copy.deepcopy(self.network))
+
+    def shared(self, adapter: str | None) -> Denoiser:
+        """Another role on the same network, with an adapter of its own."""
         embeds = self.wiring is not None and self.wiring.embeds
-        return replace(self, network=copy.deepcopy(self.network), guidance=self.guidance if embeds else 1.0, wrapped=None)
+        return replace(self, adapter=adapter, guidance=1.0, embedded=self.guidance if embeds else None, wrapped=None)
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Conditioning, w: float | Tensor = 1.0) -> Tensor:
         """The network's own output, differentiable in x_t and t; `w` only where the network embeds its guidance."""
@@ -104,7 +113,8 @@ class Denoiser:
 
     @contextmanager
     def _forward(self, device: torch.device) -> Iterator[None]:
-        with attention(device), torch.autocast(device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        precision = torch.autocast(device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+        with attention(device), precision, adapted(self.network, self.adapter):
             yield
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning, *, w: float | Tensor | None = None, tap: bool = False) -> Prediction:
@@ -116,7 +126,7 @@ class Denoiser:
         embeds = self.wiring is not None and self.wiring.embeds
         if embeds or (isinstance(w, float | int) and w == 1):
             with tapped(self.network, self.taps if tap else ()) as features:
-                out = self.raw(x_t, t, cond, w)
+                out = self.raw(x_t, t, cond, w if self.embedded is None else self.embedded)
             return Prediction(out, self.kind, x_t, alpha, sigma, tuple(features))
         n, null = len(x_t), cond.null
         with tapped(self.network, self.taps if tap else ()) as features:
@@ -127,15 +137,6 @@ class Denoiser:
         seen = tuple(f[:n] for f in features[: len(self.taps)])
         halves = [Prediction(o, self.kind, x_t, alpha, sigma, seen) for o in (out[:n], out[n:])]
         return guide(halves[0], halves[1], w, self.law)
-
-
-def attention(device: torch.device) -> AbstractContextManager[None]:
-    """The attention kernels of a forward pass: torch's choice, but plain mathematics on a CPU.
-
-    The CPU's fused kernel makes a training pass of a small U-Net a sixth slower (its backward is poor on short sequences) and knows no
-    forward-mode derivative.
-    """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.draws import key
+from stepdistill.models.adapters import Adapter, LoraRecipe, exchanged, inject
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser, tapped
 from stepdistill.models.discriminator import Discriminator
@@ -40,6 +41,7 @@ class Roles:
     def __init__(self, denoisers: Mapping[str, Denoiser], heads: Mapping[str, tuple[str, nn.Module]], trains: Iterable[str]):
         """`heads` pairs each head with the role it reads."""
         self._denoisers, self._wrapped = dict(denoisers), dict[str, nn.Module]()
+        self._adapters = {name: Adapter(d.network, d.adapter) for name, d in self._denoisers.items() if d.adapter is not None}
         self._heads = {name: head for name, (_, head) in heads.items()}
         self.heads = {name: of for name, (of, _) in heads.items()}
         self.trains, self._active = tuple(trains), tuple[str, ...]()
@@ -47,16 +49,29 @@ class Roles:
             self.module(name).requires_grad_(False).eval()
 
     @classmethod
-    def build(cls, needs: Mapping[str, Role], teacher: Denoiser, example: Example, seed: int = 0) -> Roles:
-        """Copies for every role but the teacher. They hold float32 master weights (float64 if the teacher does), trained or following."""
+    def build(cls, needs: Mapping[str, Role], teacher: Denoiser, example: Example, seed: int = 0,
+              lora: Mapping[str, LoraRecipe] | None = None) -> Roles:
+        """Copies for every role but the teacher, with float32 master weights (float64 if the teacher's are), trained or following.
+
+        A role in `lora` is an adapter on the teacher's own network instead: one base for as many roles as are named there.
+        """
+        lora = lora or {}
+        if unknown := sorted(set(lora) - {n for n, r in needs.items() if r.source == "teacher" and n != "teacher"}):
+            raise ValueError(f"lora.{unknown[0]}: this method has no such copy of the teacher")
         if "student" not in needs or not needs["student"].trains:
             raise ValueError("a method must declare a role 'student' that trains")
         denoisers: dict[str, Denoiser] = {}
         for name, role in needs.items():
             if role.source == "teacher":
+                if name in lora:
+                    continue
                 denoisers[name] = teacher if name == "teacher" else teacher.copy()
                 if name != "teacher" and denoisers[name].dtype in (torch.float16, torch.bfloat16):
                     denoisers[name].network.float()
+        for name, recipe in lora.items():                                # after the full copies, which must not copy adapters
+            inject(teacher.network, name, recipe, key(seed, "lora", name))
+            denoisers[name] = teacher.shared(name)
+        denoisers = {name: denoisers[name] for name in needs if name in denoisers}
         heads: dict[str, tuple[str, nn.Module]] = {}
         for name, role in needs.items():
             if role.source == "head":
@@ -76,7 +91,9 @@ class Roles:
         return self._denoisers
 
     def module(self, name: str) -> nn.Module:
-        """The bare network or head, without its distributed wrapper."""
+        """The bare network, adapter or head, without its distributed wrapper."""
+        if name in self._adapters:
+            return self._adapters[name]
         return self._denoisers[name].network if name in self._denoisers else self._heads[name]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
@@ -95,7 +112,7 @@ class Roles:
     def train_only(self, names: Sequence[str]) -> None:
         """Gradients, train mode and the distributed wrapper for these roles; none of them for the others."""
         self._active = tuple(names)
-        for name in self.names:
+        for name in sorted(self.names, key=lambda n: n in names):        # a base holds the adapters: freeze it before one of them trains
             active = name in names
             self.module(name).requires_grad_(active).train(active)
             if name in self._denoisers:
@@ -105,7 +122,7 @@ class Roles:
         """Wrap every trained role for several processes; the wrapper goes around the raw network."""
         for name in self.trains:
             self.module(name).requires_grad_(True)
-            self._wrapped[name] = wrapper(self.module(name))
+            self._wrapped[name] = wrapper(self._denoisers[name].network if name in self._adapters else self.module(name))
             self.module(name).requires_grad_(False)
 
     @contextmanager
@@ -117,6 +134,19 @@ class Roles:
                 if not unless and isinstance(module, nn.parallel.DistributedDataParallel):
                     stack.enter_context(module.no_sync())
             yield
+
+    @contextmanager
+    def averaged(self, average: nn.Module | None) -> Iterator[Denoiser]:
+        """The student as it is sampled, with the weights of its moving average where there is one."""
+        student = self._denoisers["student"]
+        with ExitStack() as stack:
+            if average is not None and "student" in self._adapters:
+                stack.enter_context(exchanged(self._adapters["student"], average))
+            network = average if average is not None and "student" not in self._adapters else student.network
+            was_training = network.training
+            network.eval()
+            yield replace(student, network=network, wrapped=None)
+            network.train(was_training)
 
     @torch.no_grad()
     def follow(self, target: str, source: str, decay: float) -> None:

@@ -15,6 +15,7 @@ from stepdistill.data.streams import Source, source
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods import find
 from stepdistill.methods.base import Batch, Method, Setup, Stage, Stream, Update
+from stepdistill.models.adapters import checkpoint_activations
 from stepdistill.models.load import Teacher, load_teacher
 from stepdistill.models.roles import Roles
 from stepdistill.recipe import Recipe
@@ -110,7 +111,10 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     method.sampler()                                                            # a wrong grid speaks up before anything is built
     needs, streams = cls.needs(config), cls.data(config)
     data = source(teacher, streams, _world(recipe.teacher.path), recipe.data.folder)
-    roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed)
+    roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed, recipe.lora)
+    if recipe.gradient_checkpointing:
+        for network in {id(d.network): d.network for d in roles.denoisers.values()}.values():
+            checkpoint_activations(network)
     if recipe.weights == "bfloat16":
         for name in roles.trains:
             roles.module(name).to(torch.bfloat16)

@@ -64,14 +64,8 @@ class Means:
 
 def preview(run: Run, path: Path) -> None:
     """A PNG grid of the student (its EMA where one is kept) at fixed noise and labels."""
-    student = run.roles.student.plain
-    if run.ema:
-        student.network = run.ema.network
-    student.wrapped = None
     draws = Draws(run.recipe.seed, range(run.recipe.preview_count), step=-1, device=run.accelerator.device)
     labels = torch.arange(run.recipe.preview_count) % max(1, run.teacher.classes)
-    was_training = student.network.training
-    student.network.eval()
-    x0 = sample(student, run.method.sampler(), run.teacher.condition(labels), draws, run.teacher.shape)
-    student.network.train(was_training)
+    with run.roles.averaged(run.ema.network if run.ema else None) as student:
+        x0 = sample(student, run.method.sampler(), run.teacher.condition(labels), draws, run.teacher.shape)
     save_png(grid(run.teacher.pictures(x0), columns=min(10, run.recipe.preview_count)), path)

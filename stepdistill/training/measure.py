@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stepdistill.models.denoiser import attention, tapped
+from stepdistill.models.attention import attention
+from stepdistill.models.denoiser import tapped
 from stepdistill.training.assemble import Run, run_update
 
 
