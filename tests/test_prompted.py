@@ -14,12 +14,15 @@ from zoo import basics, images
 
 from stepdistill import cli
 from stepdistill import recipe as recipes
-from stepdistill.data.prompts import read_prompts
+from stepdistill.data.prompts import read_captions, read_prompts
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, sample
 from stepdistill.export import export
+from stepdistill.images import save_png, to_image
 from stepdistill.models.load import load_teacher
 from stepdistill.training import loop
+from stepdistill.training.assemble import assemble
+from stepdistill.training.measure import dry_run
 
 PROMPTS = ("a red apple", "a cat on the mat", "snow", "two blue houses")
 
@@ -124,6 +127,16 @@ def test_one_step_of_the_exported_pipeline_equals_our_sampler(world, run):
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("lora", [{}, {"student": {"rank": 2}, "fake": {"rank": 2}}])
+def test_a_dry_run_counts_every_role_and_pass(world, lora):
+    chosen = recipes.parse(tree(world, lora=lora))
+    report = dry_run(assemble(chosen, loop.make_accelerator(chosen, None)))
+    assert {p["role"] for p in report["passes"]} == {"teacher", "student", "fake"}
+    assert [p["gradient"] for p in report["passes"] if p["role"] == "student"].count("weights") == 1
+    parameters = {name: row["parameters"] for name, row in report["bytes"].items()}
+    assert parameters["student"] < parameters["teacher"] / 2 if lora else parameters["student"] == parameters["teacher"]
+
+
 @pytest.fixture(scope="module")
 def adapted_run(world):
     out = world / "lora_run"
@@ -184,6 +197,44 @@ def test_a_guidance_embedding_stays_an_input_of_the_student(tmp_path):
     x_t, t = torch.randn(1, *teacher.shape), torch.tensor([0.5])
     assert torch.equal(student(x_t, t, cond, w=1.0).raw, recording.denoiser(x_t, t, cond).raw)
     assert teacher.call == {"guidance_scale": 3.5}
+
+
+@pytest.fixture(scope="module")
+def captioned(world):
+    """Eight pictures, captions beside them."""
+    folder = world / "pictures"
+    for i in range(8):
+        noise = torch.randint(0, 256, (3, 20, 16), generator=torch.Generator().manual_seed(i))
+        save_png(to_image(noise.to(torch.uint8)), folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(PROMPTS[i % 4])
+    return folder
+
+
+@pytest.mark.parametrize("method", ["dmd2", "consistency"])
+def test_methods_that_read_pictures_take_captioned_ones(world, captioned, tmp_path, method):
+    options = {"dmd2": {"name": "dmd2", "fake_updates": 2, "gan_weight": 0.1}, "consistency": {"name": "consistency", "intervals": 10}}
+    trained = {"dmd2": ("student", "fake", "disc"), "consistency": ("student",)}
+    changes = {"method": options[method], "optim": {name: {"lr": 1e-4} for name in trained[method]}, "data": {"folder": str(captioned)}}
+    chosen = recipes.parse(tree(world, **changes))
+    run = assemble(chosen, loop.make_accelerator(chosen, None))
+    assert run.teacher.labels == tuple(PROMPTS[i % 4] for i in range(8))
+    batch = run.batch(run.draws(0, 0, 0))
+    sample = next(s for s in batch.values() if s.x0 is not None)
+    assert sample.x0.shape == (4, 4, 8, 8)
+    assert loop.start(chosen, tmp_path / "run").finished
+
+
+def test_captions_from_a_table(captioned, tmp_path):
+    shutil.copytree(captioned, tmp_path / "p")
+    for i in range(8):
+        (tmp_path / "p" / f"{i}.txt").unlink()
+    with pytest.raises(ValueError, match="has no caption"):
+        read_captions(tmp_path / "p")
+    (tmp_path / "p" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "one"}\n{"file_name": "0.png", "text": "none"}\n')
+    assert [(path.name, caption) for path, caption in read_captions(tmp_path / "p")] == [("1.png", "one"), ("0.png", "none")]
+    (tmp_path / "p" / "metadata.jsonl").write_text('{"file_name": "../x.png", "text": "one"}\n')
+    with pytest.raises(ValueError, match="not in"):
+        read_captions(tmp_path / "p")
 
 
 @pytest.mark.parametrize(("content", "name", "message"), [

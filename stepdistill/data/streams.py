@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stepdistill.data.prompts import SUFFIXES, read_captions
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods.base import Batch, Images, Sample, Stream
 from stepdistill.models.load import Teacher
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from stepdistill.models.prompted import PromptTeacher
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,12 @@ def folder_pictures(folder: Path, size: tuple[int, int], channels: int, labels: 
     if not images:
         raise ValueError(f"data.folder {folder} holds no pictures ({', '.join(SUFFIXES)})")
     return PictureSet(torch.stack(images), torch.tensor(numbers))
+
+
+def captioned_pictures(folder: Path, size: tuple[int, int], channels: int) -> PictureSet:
+    """The captioned pictures of a folder (data.prompts.read_captions), whose labels are the numbers of their captions."""
+    images = [_read(path, size, channels) for path, _ in read_captions(folder)]
+    return PictureSet(torch.stack(images), torch.arange(len(images)))
 
 
 def _class_of(name: str, labels: tuple[str, ...], folder: Path) -> int:
@@ -112,5 +118,7 @@ def source(teacher: Teacher, streams: Mapping[str, Stream], world: str | None, f
         raise ValueError("this method reads real pictures: set data.folder to a folder of pictures, or choose a data-free method")
     if folder is not None:
         channels, height, width = teacher.pictures(torch.zeros(1, *teacher.shape, device=teacher.device)).shape[1:]
+        if isinstance(teacher, PromptTeacher):
+            return Source(teacher, captioned_pictures(folder.expanduser(), (height, width), channels))
         return Source(teacher, folder_pictures(folder.expanduser(), (height, width), channels, teacher.labels))
     return Source(teacher, world_pictures(str(world)))

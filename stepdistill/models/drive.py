@@ -112,11 +112,11 @@ def drive(pipeline: Any, inputs: Mapping[str, Any], times: Sequence[float], *,
 
     with ExitStack() as stack:
         stack.enter_context(_swapped(pipeline, chosen))
-        stack.enter_context(_patched(chosen, "set_timesteps", pinned))
-        stack.enter_context(_patched(chosen, "step", stepping))
+        stack.enter_context(patched(chosen, "set_timesteps", pinned))
+        stack.enter_context(patched(chosen, "step", stepping))
         for name, module in pipeline.components.items():
             if isinstance(module, nn.Module):
-                stack.enter_context(_patched(module, "forward", functools.partial(spied, name)))
+                stack.enter_context(patched(module, "forward", functools.partial(spied, name)))
         _call(pipeline, inputs, len(times), seed, grad)
     if len(turns) < (only or len(times)):
         raise Unrecordable(f"{type(pipeline).__name__} made {len(turns)} calls of scheduler.step for {len(times)} times")
@@ -144,7 +144,7 @@ def grid(pipeline: Any, inputs: Mapping[str, Any], steps: int, scheduler: Any) -
             raise _Done
         return set_timesteps
 
-    with _swapped(pipeline, chosen), _patched(chosen, "set_timesteps", stopping):
+    with _swapped(pipeline, chosen), patched(chosen, "set_timesteps", stopping):
         _call(pipeline, inputs, steps, 0, False)
     return chosen.timesteps, getattr(chosen, "sigmas", None)
 
@@ -166,7 +166,7 @@ def watch(pipeline: Any, inputs: Mapping[str, Any], steps: int, *, scheduler: An
             return result
         return step
 
-    with _swapped(pipeline, chosen), _patched(chosen, "set_timesteps", _known), _patched(chosen, "step", stepping):
+    with _swapped(pipeline, chosen), patched(chosen, "set_timesteps", _known), patched(chosen, "step", stepping):
         _call(pipeline, inputs, steps, seed, False)
     return walked
 
@@ -206,11 +206,11 @@ def finish(pipeline: Any, inputs: Mapping[str, Any], x0: Tensor, scheduler: Any,
 
     with ExitStack() as stack:
         stack.enter_context(_swapped(pipeline, chosen))
-        stack.enter_context(_patched(chosen, "set_timesteps", _known))
-        stack.enter_context(_patched(chosen, "step", stepping))
+        stack.enter_context(patched(chosen, "set_timesteps", _known))
+        stack.enter_context(patched(chosen, "step", stepping))
         for name, module in pipeline.components.items():
             if isinstance(module, nn.Module):
-                stack.enter_context(_patched(module, "forward", functools.partial(spied, name)))
+                stack.enter_context(patched(module, "forward", functools.partial(spied, name)))
         return _call(pipeline, {**inputs, "output_type": "np"}, 2, 0, False)
 
 
@@ -244,7 +244,7 @@ def _kept(value: Any) -> Any:
 
 
 @contextmanager
-def _patched(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def patched(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """An instance attribute that stands before the class's method, and is gone afterwards."""
     before = owner.__dict__.get(name)
     object.__setattr__(owner, name, wrap(getattr(owner, name)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.drive import GUIDER
+from stepdistill.models.latents import LatentLaw, learn_latents
 from stepdistill.models.load import Teacher, load_pipeline, without_dropout
 from stepdistill.models.recording import Inputs, Recording, record, usual_inputs
 
@@ -25,8 +27,16 @@ class PipelineCodec:
     recording: Recording
     inputs: Inputs
 
+    @functools.cached_property
+    def law(self) -> LatentLaw:
+        """Learnt at first use: data-free methods never ask."""
+        return learn_latents(self.recording, self.inputs([""]))
+
     def encode(self, images: Tensor) -> Tensor:
-        raise ValueError("pictures cannot be read for a recorded pipeline in this version: use a data-free method (DMD2 with gan_weight=0)")
+        """States of pictures; those of a pipeline without a VAE are the pictures."""
+        if getattr(self.recording.driven.pipeline, "vae", None) is None:
+            return images
+        return self.law.encode(images, self.recording.shape)
 
     def decode(self, x0: Tensor) -> Tensor:
         pictures = self.recording.decode(x0, self.inputs([""] * len(x0)))                       # (B, H, W, C) or (B, F, H, W, C) in [0, 1]

@@ -40,8 +40,10 @@ Inputs = Callable[[Sequence[str]], Mapping[str, Any]]
 PROMPTS = ("a red apple", "a cat on a mat in the sun", "snow")           # two, three and others; of unequal length
 OTHERS = ("two houses by the sea", "blue")
 SCALES = (3.0, 5.0)
-BASE = 256                                                                # the digits of an index stay exact in bfloat16
+BASE = 256                                                                # digits below it are exact in bfloat16
 FIT = 1e-4                                                                # relative; of a law fitted to float32 numbers
+DIGITS = 4                                                                # enough for states of four thousand million elements
+ZEROS, ONE_STATE, ONE_ANSWER, CODES = 2, 3, 4, 5                          # the turns of a run before those at five times
 FIVE = (0.95, 0.75, 0.5, 0.3, 0.1)                                        # where clock and guidance are learnt
 
 
@@ -97,7 +99,6 @@ class Recording:
         cond, *null = (self.wiring.condition(calls[b.call].arguments, b.block, b.of, batch) for b in self.branches)
         return Conditioning(cond, {k: v for k, v in null[0].items() if not same(v, cond[k])} if null else None, self.wiring.shared)
 
-
     def decode(self, x0: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Pictures (B, H, W, C) or videos (B, F, H, W, C) in [0, 1], as the pipeline's own tail makes them of clean states."""
         def answers(turn: int, call: int, component: str, arguments: Mapping[str, Any]) -> Any:
@@ -121,14 +122,21 @@ def _blank(template: Any, rows: int) -> Any:
 
 @dataclass(frozen=True)
 class _Probe:
+    """One turn of a run: our time, and which numbers the state and the network's answer hold."""
+
     t: float
-    state: str                                                            # own, zero, one, code0..2, noise
-    answer: str                                                           # network, zero, one, code0..2, noise
+    state: str                                                            # own, zero, one, code0.., noise
+    answer: str                                                           # network, zero, one, code0.., noise, close
 
 
-def _code(rows: int, size: int, digit: int) -> Tensor:
+def code(rows: int, size: int, digit: int) -> Tensor:
     """The digit of every element's own number, 1 .. rows·size, one row each."""
     return (torch.arange(1, rows * size + 1).reshape(rows, size) // BASE**digit % BASE).float()
+
+
+def decoded(digits: Sequence[Tensor]) -> Tensor:
+    """Element numbers, from 0, of what `_code` wrote."""
+    return torch.stack([digit.round().long() * BASE**d for d, digit in enumerate(digits)]).sum(0) - 1
 
 
 def _noise(rows: int, size: int, tag: int) -> Tensor:
@@ -137,7 +145,7 @@ def _noise(rows: int, size: int, tag: int) -> Tensor:
 
 def _filled(kind: str, rows: int, size: int, tag: int) -> Tensor:
     if kind.startswith("code"):
-        return _code(rows, size, int(kind[4:]))
+        return code(rows, size, int(kind[4:]))
     return {"zero": torch.zeros, "one": torch.ones}[kind](rows, size) if kind != "noise" else _noise(rows, size, tag)
 
 
@@ -158,7 +166,7 @@ class _Watched:
         previous = turns[-1].state
         if len(previous) % self.batch:
             raise Unrecordable(f"the state {tuple(previous.shape)} has no batch of {self.batch} in its first axis")
-        if i == 2:
+        if i == ZEROS:
             self.templates = [call.output for call in turns[1].calls]
             if not self.templates:
                 raise Unrecordable("the pipeline calls no network between two steps of its scheduler")
@@ -205,7 +213,8 @@ class Recorder:
         t = lambda part: round(part * steps) / steps                                                             # noqa: E731
         middle = t(0.5)
         first = [_Probe(t(0.9), "own", "network"), _Probe(t(0.6), "noise", "network"), _Probe(middle, "zero", "zero"),
-                 _Probe(middle, "one", "zero"), _Probe(middle, "zero", "one"), *(_Probe(middle, f"code{d}", f"code{d}") for d in range(3))]
+                 _Probe(middle, "one", "zero"), _Probe(middle, "zero", "one"),
+                 *(_Probe(middle, f"code{d}", f"code{d}") for d in range(DIGITS))]
         answers = ("noise", "close", "noise", "close", "noise")
         self.probes = [*first, *(_Probe(t(part), "noise", answer) for part, answer in zip(FIVE, answers, strict=True))]
         self.first = len(first)
@@ -224,10 +233,10 @@ class Recorder:
         two, three = _Watched(self, PROMPTS[:2], SCALES[0]), _Watched(self, PROMPTS, SCALES[0])
         others, scaled = _Watched(self, OTHERS, SCALES[0]), _Watched(self, PROMPTS[:2], SCALES[1])
         calls = two.turns[self.first].calls
-        components = {call.component for turn in two.turns[2:] for call in turn.calls}
+        components = {call.component for turn in two.turns[ZEROS:] for call in turn.calls}
         if len(components) > 1:
             raise Unrecordable(f"several networks take part: {', '.join(sorted(components))}")
-        if any(len(turn.calls) != len(calls) for turn in two.turns[2:]):
+        if any(len(turn.calls) != len(calls) for turn in two.turns[ZEROS:]):
             raise Unrecordable("the number of network calls changes from step to step")
         component = components.pop()
         notes = ["its guider is replaced by plain guidance"] if self.driven.guiders else []
@@ -280,26 +289,26 @@ class Recorder:
             elif not same(zero, one):
                 found.append(zero)
 
-        look(run.turns[2].calls[call].arguments, run.turns[3].calls[call].arguments)
+        look(run.turns[ZEROS].calls[call].arguments, run.turns[ONE_STATE].calls[call].arguments)
         return found
 
     def _from_sample(self, path: str, run: _Watched, leaf: Callable[[int], Any], branch: Branch) -> FromSample:
         """Which element of the state each element of an argument is."""
-        listed = isinstance(leaf(2), list | tuple)
+        listed = isinstance(leaf(ZEROS), list | tuple)
         rows = lambda turn: torch.stack(list(leaf(turn))).float().flatten(1) if listed else leaf(turn).float().flatten(1)   # noqa: E731
-        zero, span = rows(2), rows(3) - rows(2)
+        zero, span = rows(ZEROS), rows(ONE_STATE) - rows(ZEROS)
         part = span != 0
         if bool(((span - 1).abs() > FIT)[part].any()):
             raise Unrecordable(f"the pipeline scales the state by {float(span[part].flatten()[0]):.6g} before its network sees it")
-        size = run.turns[2].state[0].numel()
-        codes = sum(((rows(5 + d) - zero).round().long() * BASE**d for d in range(3)), torch.zeros_like(zero, dtype=torch.long)) - 1
+        size = run.turns[ZEROS].state[0].numel()
+        codes = decoded([rows(CODES + d) - zero for d in range(DIGITS)])
         owner, index = codes // size, codes % size
         if not bool(part.all()):
             owner, index = torch.where(part, owner, owner.amax(1, keepdim=True)), torch.where(part, index, -1)
         expected = torch.arange(run.batch).repeat(branch.of)[:, None]
         if bool((owner.cpu() != expected).any()) or bool((index != index[:1]).any()):
             raise Unrecordable("the samples of a batch are not one after the other in the network's argument")
-        layout = Layout.of(index[0].cpu(), tuple(run.turns[2].state.shape[1:]), tuple(leaf(2)[0].shape))
+        layout = Layout.of(index[0].cpu(), tuple(run.turns[ZEROS].state.shape[1:]), tuple(leaf(ZEROS)[0].shape))
         if layout.how == "cat" and listed:
             raise Unrecordable("the sample is a part of each tensor of a list")
         return FromSample(layout, listed, path if layout.how == "cat" else "")
@@ -309,21 +318,21 @@ class Recorder:
     def _output(self, run: _Watched) -> tuple[Layout, float]:
         """(where the elements of the network's output go, their sign)."""
         out = lambda turn: run.turns[turn].output[: run.batch].float().flatten(1)                                # noqa: E731
-        if run.turns[2].output.shape != run.turns[2].state.shape:
-            raise Unrecordable(f"the output {tuple(run.turns[2].output.shape)} has not the shape of the state")
-        if bool((out(2).abs() > FIT).any()) or bool((out(3).abs() > FIT).any()):
+        if run.turns[ZEROS].output.shape != run.turns[ZEROS].state.shape:
+            raise Unrecordable(f"the output {tuple(run.turns[ZEROS].output.shape)} has not the shape of the state")
+        if bool((out(ZEROS).abs() > FIT).any()) or bool((out(ONE_STATE).abs() > FIT).any()):
             raise Unrecordable("what the scheduler is given depends on the state itself, not on the network's answer alone")
-        ones = out(4)
+        ones = out(ONE_ANSWER)
         sign = round(float(ones[0, 0]))
         if abs(sign) != 1 or bool((ones - sign).abs().max() > FIT):
             raise Unrecordable("the network's answer is scaled before the scheduler sees it")
         first = primary(run.templates[0])
         size, shape = first[0].numel(), tuple(first[0].shape)
-        codes = sum(((sign * out(5 + d)).round().long() * BASE**d for d in range(3)), torch.zeros_like(out(2), dtype=torch.long)) - 1
+        codes = decoded([sign * out(CODES + d) for d in range(DIGITS)])
         index = codes % size
         if bool((codes // size != torch.arange(run.batch)[:, None].to(codes.device)).any()) or bool((index != index[:1]).any()):
             raise Unrecordable("the network's answers reach the scheduler in another order of samples")
-        return Layout.of(index[0].cpu(), shape, tuple(run.turns[2].state.shape[1:])), float(sign)
+        return Layout.of(index[0].cpu(), shape, tuple(run.turns[ZEROS].state.shape[1:])), float(sign)
 
     # -- guidance
 
@@ -364,7 +373,7 @@ class Recorder:
         """The argument list of a call, with the place where each of its values comes from."""
         branch = order[0]
         two, three, others, scaled = runs
-        seen = [two.values(self.first, branch), two.values(self.first + 1, branch), two.values(2, branch), two.values(3, branch),
+        seen = [*(two.values(turn, branch) for turn in (self.first, self.first + 1, ZEROS, ONE_STATE)),
                 three.values(self.first, branch), others.values(self.first, branch), scaled.values(self.first, branch)]
         return self._leaf("", seen, two, branch)
 

@@ -97,8 +97,8 @@ class Roles:
         return self._denoisers[name].network if name in self._denoisers else self._heads[name]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """All parameters of a role, collected by name and never by what happens to require a gradient."""
-        return list(self.module(name).parameters())
+        """All parameters of a role, collected by name and never by what happens to require a gradient; a base without its adapters."""
+        return [p for path, p in self.module(name).named_parameters() if name in self._adapters or ".lora_" not in path]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from stepdistill.data.prompts import read_prompts
+from stepdistill.data.prompts import read_captions, read_prompts
 from stepdistill.data.streams import Source, source
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods import find
 from stepdistill.methods.base import Batch, Method, Setup, Stage, Stream, Update
 from stepdistill.models.adapters import checkpoint_activations
-from stepdistill.models.load import Teacher, load_teacher
+from stepdistill.models.load import Teacher, is_prompted, load_teacher
 from stepdistill.models.roles import Roles
 from stepdistill.recipe import Recipe
 from stepdistill.training.ema import Ema
@@ -105,7 +106,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     dtype = torch.float64 if recipe.precision == "fp64" else getattr(torch, recipe.teacher.dtype)
     teacher = load_teacher(recipe.teacher.path, device=accelerator.device, autocast=AUTOCAST[recipe.precision], dtype=dtype,
                            guidance=recipe.guidance, taps=recipe.student.taps,
-                           prompts=read_prompts(recipe.data.prompts) if recipe.data.prompts else (), call=recipe.teacher.call)
+                           prompts=prompts_of(recipe), call=recipe.teacher.call)
     torch.manual_seed(recipe.seed)
     method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.sampler))
     method.sampler()                                                            # a wrong grid speaks up before anything is built
@@ -131,6 +132,15 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     if processes > 1:
         roles.wrap(accelerator.prepare_model)
     return Run(recipe, accelerator, teacher, method, roles, data, streams, stages, optim, ema)
+
+
+def prompts_of(recipe: Recipe) -> tuple[str, ...]:
+    """The prompts that a recipe names, or the captions of its pictures where the teacher takes prompts."""
+    if recipe.data.prompts:
+        return read_prompts(recipe.data.prompts)
+    if recipe.data.folder and is_prompted(Path(recipe.teacher.path)):
+        return tuple(caption for _, caption in read_captions(recipe.data.folder))
+    return ()
 
 
 def _world(path: str) -> str | None:

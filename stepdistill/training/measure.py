@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,8 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stepdistill.models.adapters import active, adapted
 from stepdistill.models.attention import attention
-from stepdistill.models.denoiser import tapped
+from stepdistill.models.denoiser import Denoiser, tapped
+from stepdistill.models.wiring import FromSample, Wiring, leaves_of, primary
 from stepdistill.training.assemble import Run, run_update
 
 
@@ -26,6 +28,7 @@ class Pass:
     gradient: Literal["none", "weights", "input"]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    sample: int | str = 0                                                # which of them is the state: a tensor, or a list of them
 
     def to_dict(self) -> dict[str, Any]:
         return {"role": self.role, "rows": self.rows, "gradient": self.gradient}
@@ -55,24 +58,39 @@ def recorded(run: Run) -> Iterator[list[Pass]]:
     passes: list[Pass] = []
     hooks = []
 
-    def spy(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0]
-            trains = any(p.requires_grad for p in module.parameters())
-            gradient: Literal["none", "weights", "input"] = "none"
-            if torch.is_grad_enabled() and (trains or x.requires_grad):
-                gradient = "weights" if trains else "input"
-            passes.append(Pass(name, len(x), gradient, (x.detach().clone(), *args[1:]), dict(kwargs)))
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = roles[id(module), active(module)]                         # a shared network is the role whose adapter runs
+        sample = _sample(run.roles.denoisers[name])
+        x = args[sample] if isinstance(sample, int) else kwargs[sample]
+        trains = any(p.requires_grad for p in run.roles.parameters(name)) and name in run.roles.trains
+        gradient: Literal["none", "weights", "input"] = "none"
+        if torch.is_grad_enabled() and (trains or any(v.requires_grad for v in _each(x))):
+            gradient = "weights" if trains else "input"
+        passes.append(Pass(name, len(x), gradient, tuple(map(_kept, args)), {k: _kept(v) for k, v in kwargs.items()}, sample))
 
-        return note
-
-    for name in run.roles.denoisers:
-        hooks.append(run.roles.module(name).register_forward_pre_hook(spy(name), with_kwargs=True))
+    roles = {(id(d.network), d.adapter): name for name, d in run.roles.denoisers.items()}
+    for network in {id(d.network): d.network for d in run.roles.denoisers.values()}.values():
+        hooks.append(network.register_forward_pre_hook(note, with_kwargs=True))
     try:
         yield passes
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _sample(denoiser: Denoiser) -> int | str:
+    """Where a call of this network holds its state: the first argument, or the keyword that a recording learnt."""
+    if not isinstance(denoiser.wiring, Wiring):
+        return 0
+    return next(path for path, leaf in leaves_of(denoiser.wiring.arguments) if isinstance(leaf, FromSample))
+
+
+def _each(x: Any) -> Sequence[Tensor]:
+    return x if isinstance(x, list | tuple) else (x,)
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else [_kept(v) for v in value] if isinstance(value, list) else value
 
 
 def replay(run: Run, one: Pass) -> None:
@@ -81,14 +99,20 @@ def replay(run: Run, one: Pass) -> None:
     Where a discriminator reads this role and gradients are on, its head is part of the pass; the gradient of a frozen role then comes
     from the features alone.
     """
-    denoiser, module = run.roles.denoisers[one.role], run.roles.module(one.role)
+    denoiser, module = run.roles.denoisers[one.role], run.roles.denoisers[one.role].network
     head = next((run.roles.module(h) for h, of in run.roles.heads.items() if of == one.role), None) if one.gradient != "none" else None
-    module.requires_grad_(one.gradient == "weights")
-    x = one.args[0].detach().requires_grad_(one.gradient == "input")
+    run.roles.train_only((one.role,) if one.gradient == "weights" else ())
+    args, kwargs = list(one.args), dict(one.kwargs)
+    place: Any = args if isinstance(one.sample, int) else kwargs
+    x = place[one.sample]
+    fresh = [v.detach().requires_grad_(one.gradient == "input") for v in _each(x)]
+    place[one.sample] = fresh if isinstance(x, list | tuple) else fresh[0]
+    x = fresh[0]
     autocast = torch.autocast(x.device.type, denoiser.autocast or torch.bfloat16, enabled=denoiser.autocast is not None)
     with torch.set_grad_enabled(one.gradient != "none"), tapped(module, denoiser.taps if head else ()) as features:
-        with attention(x.device), autocast:
-            out = module(x, *one.args[1:], **one.kwargs)[0]
+        with attention(x.device), autocast, adapted(module, denoiser.adapter):
+            first = primary(module(*args, **kwargs))
+        out = torch.stack(list(first)) if isinstance(first, list | tuple) else first
         if one.gradient != "none":
             loss = head(features).mean() if head else out.new_zeros(())
             (loss if head and one.gradient == "input" else loss + out.float().square().mean()).backward()
