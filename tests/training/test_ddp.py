@@ -26,6 +26,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "dmd2": ("dmd2", FIVE),
     "dmd2-teacher-features": ("dmd2", {**FIVE, "method__features": "teacher", "student__steps": 2}),
     "dmd2-accumulated": ("dmd2", {**FIVE, "accumulate": 2}),
+    "dmd2-adapters": ("dmd2", {**FIVE, "lora__student__rank": 2, "lora__fake__rank": 2, "gradient_checkpointing": True}),
     "consistency": ("consistency", {k: v for k, v in FIVE.items() if k != "method__fake_updates"}),
 }
 GRADIENTS: dict[str, tuple[str, dict[str, Any]]] = {
