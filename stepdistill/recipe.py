@@ -98,6 +98,7 @@ class Recipe:
     accumulate: int = 1                                  # micro-batches per optimiser step
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # of the forward passes; trained weights stay float32
     weights: Literal["float32", "bfloat16"] = "float32"  # what trained weights are stored in
+    attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"  # auto leaves the choice to torch and diffusers
     gradient_checkpointing: bool = False                 # recompute activations in the backward pass: less memory, a third slower
     compile: bool = False                                # torch.compile of every denoiser
     ema_decay: float = 0.999                             # of the student, per student update; 0 keeps none

@@ -17,6 +17,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.methods import find
 from stepdistill.methods.base import Batch, Method, Setup, Stage, Stream, Update
 from stepdistill.models.adapters import checkpoint_activations
+from stepdistill.models.attention import switch
 from stepdistill.models.load import Teacher, is_prompted, load_teacher
 from stepdistill.models.roles import Roles
 from stepdistill.recipe import Recipe
@@ -113,9 +114,11 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     needs, streams = cls.needs(config), cls.data(config)
     data = source(teacher, streams, _world(recipe.teacher.path), recipe.data.folder)
     roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed, recipe.lora)
-    if recipe.gradient_checkpointing:
-        for network in {id(d.network): d.network for d in roles.denoisers.values()}.values():
+    for network in {id(d.network): d.network for d in roles.denoisers.values()}.values():
+        if recipe.gradient_checkpointing:
             checkpoint_activations(network)
+        if recipe.attention != "auto":
+            switch(network, recipe.attention, accelerator.device)
     if recipe.weights == "bfloat16":
         for name in roles.trains:
             roles.module(name).to(torch.bfloat16)
