@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, sample
+from stepdistill.eval.parts import Parts
 from stepdistill.models.load import Teacher
 
 
@@ -32,22 +33,37 @@ def balanced(classes: int) -> Callable[[int], int]:
 
 
 def generate(model: Teacher, spec: SamplerSpec, count: int, seed: int, *, batch_size: int = 100,
-             label: Callable[[int], int] | None = None, quiet: bool = False) -> Generated:
-    """Samples 0 .. count-1. Labels are balanced (i mod classes) unless `label` says otherwise."""
+             label: Callable[[int], int] | None = None, quiet: bool = False, parts: Parts | None = None) -> Generated:
+    """Samples 0 .. count-1. Labels are balanced (i mod classes) unless `label` says otherwise.
+
+    With `parts` finished batches are kept there, and those of other processes are waited for and taken over; raises parts.Taken where one
+    of them finished the whole.
+    """
     if count < 1 or batch_size < 1:
         raise ValueError(f"count and batch size must be at least 1, got {count} and {batch_size}")
     label = label or balanced(model.classes)
-    images, labels, milliseconds = [], [], []
+    firsts = range(0, count, batch_size)
+    numbers = torch.tensor([label(i) for i in range(count)])
+    made: dict[int, tuple[Tensor, float]] = {}
     with tqdm(total=count, disable=quiet, file=sys.stderr, unit="image", dynamic_ncols=True, desc="generate") as bar:
-        for first in range(0, count, batch_size):
-            rows = range(first, min(count, first + batch_size))
-            numbers = torch.tensor([label(i) for i in rows])
-            began = time.perf_counter()
-            x0 = sample(model.denoiser, spec, model.condition(numbers), Draws(seed, rows, device=model.device), model.shape)
-            pictures = model.pictures(x0).cpu()
-            milliseconds.append(1000 * (time.perf_counter() - began) / len(rows))
-            images.append(pictures)
-            labels.append(numbers)
-            bar.update(len(rows))
+        while len(made) < len(firsts):
+            for first in parts.open_batches(firsts) if parts else firsts:
+                rows = range(first, min(count, first + batch_size))
+                began = time.perf_counter()
+                x0 = sample(model.denoiser, spec, model.condition(numbers[first : rows.stop]), Draws(seed, rows, device=model.device),
+                            model.shape)
+                pictures = model.pictures(x0).cpu()
+                made[first] = pictures, 1000 * (time.perf_counter() - began) / len(rows)
+                if parts:
+                    parts.put(first, *made[first])
+                bar.update(len(rows))
+            for first in firsts if parts else ():
+                if first not in made and parts and parts.has(first):
+                    made[first] = parts.get(first)
+                    bar.update(len(made[first][0]))
+            if parts and len(made) < len(firsts):                         # the rest is in other hands
+                parts.check()
+                time.sleep(1)
+    images, milliseconds = zip(*(made[first] for first in firsts), strict=True)
     timed = milliseconds[1:] if len(milliseconds) > 1 else milliseconds
-    return Generated(torch.cat(images), torch.cat(labels), statistics.median(timed))
+    return Generated(torch.cat(images), numbers, statistics.median(timed))

@@ -16,8 +16,9 @@ from stepdistill.diffusion.times import trailing
 from stepdistill.eval import protocol, score
 from stepdistill.eval.extractors import digest
 from stepdistill.eval.generate import generate
+from stepdistill.eval.parts import Parts, Taken
 from stepdistill.export import load_student
-from stepdistill.models.load import Teacher, load_teacher
+from stepdistill.models.load import Teacher, load_teacher, read_json
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def evaluate(model: str, protocol_name: str, count: int, to: Path, *, steps: int
              batch_size: int = 100, device: torch.device | str = "cpu", quiet: bool = False) -> dict[str, Any]:
     """Generate in fp32, score, and write the result file with features and samples beside it; returns the result.
 
+    Finished batches are kept beside `to` meanwhile: the same call goes on where one was interrupted, and helps one that runs.
+
     Raises ValueError or FileNotFoundError before anything is generated where model, protocol or target file are unfit.
     """
     exam = protocol.get(protocol_name, count, seed)
@@ -88,9 +91,17 @@ def evaluate(model: str, protocol_name: str, count: int, to: Path, *, steps: int
     opened = open_model(model, steps, guidance, solver=solver, renoise=renoise, shift=shift, device=device)
     to.parent.mkdir(parents=True, exist_ok=True)
     started, began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
-    made = generate(opened.teacher, opened.spec, exam.count, exam.seed, batch_size=batch_size, quiet=quiet)
+    sampler = {**opened.spec.to_dict(), "nfe": opened.spec.nfe}
+    meta = {"model": opened.describe(), "sampler": sampler, "protocol": exam.hash, "batch": batch_size}
+    parts = Parts.open(to.with_suffix(".parts"), meta)
+    try:
+        made = generate(opened.teacher, opened.spec, exam.count, exam.seed, batch_size=batch_size, quiet=quiet, parts=parts)
+    except Taken:
+        return read_json(to)
     scored = score.score(made.images, made.labels, exam)
-    return score.write_result(
-        to, exam, scored, model=opened.describe(), sampler={**opened.spec.to_dict(), "nfe": opened.spec.nfe}, images=made.images,
+    result = score.write_result(
+        to, exam, scored, model=opened.describe(), sampler=sampler, images=made.images,
         speed={"ms_per_image": made.ms_per_image, "batch_size": batch_size, "precision": "fp32"}, env=score.environment(device),
         started=started, seconds=round(time.monotonic() - began, 1))
+    parts.remove()
+    return result
