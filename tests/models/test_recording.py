@@ -110,7 +110,7 @@ def test_lists_slices_and_packed_states():
 def test_a_mask_that_only_one_half_has_splits_the_guided_call():
     """Qwen-Image hands over no mask where all prompts are full."""
     recording, exhibit = recorded("qwen-image")
-    cond = recording.encode(exhibit.inputs(["an old ship in a storm", "a blue circle"]), 2)
+    cond = recording.encode(exhibit.inputs(["an old ship in a storm", "a very large blue circle"]), 2)
     assert cond["encoder_hidden_states_mask"] is None
     assert cond.nulls["encoder_hidden_states_mask"] is not None
     assert not cond.joins(cond.null)
