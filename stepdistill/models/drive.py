@@ -28,6 +28,7 @@ GUIDER = "guider.guidance_scale"                                          # wher
 GUIDANCE_KEYWORDS = ("true_cfg_scale", "guidance_scale", "decoder_guidance_scale")
 
 
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Answers = Callable[[int, int, str, Mapping[str, Any]], Any]              # (turn, call, component, arguments) -> output, or None
 
 
@@ -110,13 +111,7 @@ def drive(pipeline: Any, inputs: Mapping[str, Any], times: Sequence[float], *,
             return output
         return forward
 
-    with ExitStack() as stack:
-        stack.enter_context(_swapped(pipeline, chosen))
-        stack.enter_context(patched(chosen, "set_timesteps", pinned))
-        stack.enter_context(patched(chosen, "step", stepping))
-        for name, module in pipeline.components.items():
-            if isinstance(module, nn.Module):
-                stack.enter_context(patched(module, "forward", functools.partial(spied, name)))
+    with _under(pipeline, chosen, stepping, pinned, spied):
         _call(pipeline, inputs, len(times), seed, grad)
     if len(turns) < (only or len(times)):
         raise Unrecordable(f"{type(pipeline).__name__} made {len(turns)} calls of scheduler.step for {len(times)} times")
@@ -144,7 +139,7 @@ def grid(pipeline: Any, inputs: Mapping[str, Any], steps: int, scheduler: Any) -
             raise _Done
         return set_timesteps
 
-    with _swapped(pipeline, chosen), patched(chosen, "set_timesteps", stopping):
+    with _under(pipeline, chosen, _known, stopping):
         _call(pipeline, inputs, steps, 0, False)
     return chosen.timesteps, getattr(chosen, "sigmas", None)
 
@@ -166,7 +161,7 @@ def watch(pipeline: Any, inputs: Mapping[str, Any], steps: int, *, scheduler: An
             return result
         return step
 
-    with _swapped(pipeline, chosen), patched(chosen, "set_timesteps", _known), patched(chosen, "step", stepping):
+    with _under(pipeline, chosen, stepping):
         _call(pipeline, inputs, steps, seed, False)
     return walked
 
@@ -204,13 +199,7 @@ def finish(pipeline: Any, inputs: Mapping[str, Any], x0: Tensor, scheduler: Any,
             return original(*args, **kwargs) if output is None else output
         return forward
 
-    with ExitStack() as stack:
-        stack.enter_context(_swapped(pipeline, chosen))
-        stack.enter_context(patched(chosen, "set_timesteps", _known))
-        stack.enter_context(patched(chosen, "step", stepping))
-        for name, module in pipeline.components.items():
-            if isinstance(module, nn.Module):
-                stack.enter_context(patched(module, "forward", functools.partial(spied, name)))
+    with _under(pipeline, chosen, stepping, _known, spied):
         return _call(pipeline, {**inputs, "output_type": "np"}, 2, 0, False)
 
 
@@ -244,7 +233,7 @@ def _kept(value: Any) -> Any:
 
 
 @contextmanager
-def patched(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def patched(owner: Any, name: str, wrap: Wrap) -> Iterator[None]:
     """An instance attribute that stands before the class's method, and is gone afterwards."""
     before = owner.__dict__.get(name)
     object.__setattr__(owner, name, wrap(getattr(owner, name)))
@@ -258,13 +247,19 @@ def patched(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable
 
 
 @contextmanager
-def _swapped(pipeline: Any, scheduler: Any) -> Iterator[None]:
+def _under(pipeline: Any, scheduler: Any, step: Wrap, set_timesteps: Wrap = _known,
+           forward: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None) -> Iterator[None]:
+    """The pipeline with this scheduler and these wrappers of its methods and of every network's forward; afterwards as it was."""
     before = pipeline.scheduler
-    pipeline.scheduler = scheduler
-    try:
+    with ExitStack() as stack:
+        stack.callback(setattr, pipeline, "scheduler", before)
+        pipeline.scheduler = scheduler
+        stack.enter_context(patched(scheduler, "set_timesteps", set_timesteps))
+        stack.enter_context(patched(scheduler, "step", step))
+        for name, module in pipeline.components.items():
+            if forward is not None and isinstance(module, nn.Module):
+                stack.enter_context(patched(module, "forward", functools.partial(forward, name)))
         yield
-    finally:
-        pipeline.scheduler = before
 
 
 class Driven:
