@@ -98,20 +98,14 @@ def drive(pipeline: Any, inputs: Mapping[str, Any], times: Sequence[float], *,
             return _Stepped(prev_sample=after, pred_original_sample=after) if return_dict else (after, after)
         return step
 
-    def spied(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
+    def seen(name: str, arguments: Mapping[str, Any], run: Callable[[], Any]) -> Any:
+        kept = _kept(arguments)                                           # a pipeline may write into its state in place
+        output = answers(len(turns), len(pending), name, kept) if answers else None
+        output = run() if output is None else output
+        pending.append(Call(name, kept, output))
+        return output
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            arguments = _kept(_by_name(signature, args, kwargs))          # a pipeline may write into its state in place
-            output = answers(len(turns), len(pending), name, arguments) if answers else None
-            if output is None:
-                output = original(*args, **kwargs)
-            pending.append(Call(name, arguments, output))
-            return output
-        return forward
-
-    with _under(pipeline, chosen, stepping, pinned, spied):
+    with _under(pipeline, chosen, stepping, pinned, _spying(seen)):
         _call(pipeline, inputs, len(times), seed, grad)
     if len(turns) < (only or len(times)):
         raise Unrecordable(f"{type(pipeline).__name__} made {len(turns)} calls of scheduler.step for {len(times)} times")
@@ -190,16 +184,11 @@ def finish(pipeline: Any, inputs: Mapping[str, Any], x0: Tensor, scheduler: Any,
             return _Stepped(prev_sample=after, pred_original_sample=after) if return_dict else (after, after)
         return step
 
-    def spied(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
+    def seen(name: str, arguments: Mapping[str, Any], run: Callable[[], Any]) -> Any:
+        output = answers(0, 0, name, arguments)
+        return run() if output is None else output
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = answers(0, 0, name, _by_name(signature, args, kwargs))
-            return original(*args, **kwargs) if output is None else output
-        return forward
-
-    with _under(pipeline, chosen, stepping, _known, spied):
+    with _under(pipeline, chosen, stepping, _known, _spying(seen)):
         return _call(pipeline, {**inputs, "output_type": "np"}, 2, 0, False)
 
 
@@ -214,6 +203,18 @@ class _Stepped(dict[str, Tensor]):
 
     def __getitem__(self, key: Any) -> Tensor:
         return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+def _spying(see: Callable[[str, Mapping[str, Any], Callable[[], Any]], Any]) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
+    """A wrapper of a component's forward that lets `see(component, arguments by name, run)` answer."""
+    def spied(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return see(name, _by_name(signature, args, kwargs), lambda: original(*args, **kwargs))
+        return forward
+    return spied
 
 
 def _by_name(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -283,15 +283,19 @@ class Recorder:
             if isinstance(zero, Mapping):
                 for key in zero:
                     look(zero[key], one.get(key))
-            elif isinstance(zero, list | tuple) and not (zero and all(isinstance(v, Tensor) for v in zero) and len(zero) % run.batch == 0
-                                                         and not same(zero, one)):
-                for a, b in zip(zero, one, strict=False):
+            elif isinstance(zero, list | tuple) and len(zero) == len(one) and not self._one_a_sample(run, zero, one):
+                for a, b in zip(zero, one, strict=True):
                     look(a, b)
             elif not same(zero, one):
                 found.append(zero)
 
         look(run.turns[ZEROS].calls[call].arguments, run.turns[ONE_STATE].calls[call].arguments)
         return found
+
+    def _one_a_sample(self, run: _Watched, zero: Sequence[Any], one: Sequence[Any]) -> bool:
+        """A list that is the sample, cut into one tensor for every row."""
+        tensors = bool(zero) and all(isinstance(v, Tensor) for v in zero)
+        return tensors and len(zero) % run.batch == 0 and not same(zero, one)
 
     def _from_sample(self, path: str, run: _Watched, leaf: Callable[[int], Any], branch: Branch) -> FromSample:
         """Which element of the state each element of an argument is."""

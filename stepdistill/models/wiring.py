@@ -283,5 +283,5 @@ def same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(same, a, b))
     try:
         return type(a) is type(b) and bool(a == b)
-    except Exception:
+    except (TypeError, ValueError, RuntimeError):                         # objects whose == has no truth value: the same one, or not
         return a is b
