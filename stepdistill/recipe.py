@@ -90,6 +90,7 @@ class Recipe:
     optim: Mapping[str, OptimRecipe]
     lora: Mapping[str, LoraRecipe] = field(default_factory=dict)  # roles that are adapters on the teacher's own network: one base for all
     student: StudentRecipe = StudentRecipe()
+    start: Path | None = None                            # another run, whose networks this one begins with: its student's average, its critics
     data: DataRecipe = DataRecipe()
     guidance: float = 1.0                                # the teacher's w in null + w·(cond - null); 1 is none
     steps: int = 1000                                    # loop iterations
@@ -164,8 +165,8 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
     optim = {n: recipe.optim[n] for n in trained}            # method.gan_weight=0 needs no edit of a recipe that names the discriminator
     teacher = recipe.teacher if worlds.teacher_folder(recipe.teacher.path) else dataclasses.replace(
         recipe.teacher, path=str(Path(recipe.teacher.path).expanduser().absolute()))
-    data = DataRecipe(*(path and path.expanduser().absolute() for path in (recipe.data.folder, recipe.data.prompts)))
-    return dataclasses.replace(recipe, method=_resolved(recipe), optim=optim, teacher=teacher, data=data)
+    folder, prompts, start = (path and path.expanduser().absolute() for path in (recipe.data.folder, recipe.data.prompts, recipe.start))
+    return dataclasses.replace(recipe, method=_resolved(recipe), optim=optim, teacher=teacher, data=DataRecipe(folder, prompts), start=start)
 
 
 def _resolved(recipe: Recipe) -> dict[str, Any]:

@@ -77,15 +77,39 @@ class Run:
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Inverse of `tensors`, with the counts and the method's state from the checkpoint's JSON."""
-        part = lambda prefix: {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
         for name in self.roles.names:
-            if weights := part(f"role/{name}/"):
+            if weights := _part(tensors, f"role/{name}/"):
                 self.roles.module(name).load_state_dict(weights)
         if self.ema:
-            self.ema.network.load_state_dict(part("ema/"))
-        self.optim.load(part("optim/"), state["counts"])
+            self.ema.network.load_state_dict(_part(tensors, "ema/"))
+        self.optim.load(_part(tensors, "optim/"), state["counts"])
         self.method.restore(state["method"])
         torch.set_rng_state(tensors["rng"])
+
+    def begin(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Take the networks of another run, its student's average for the student; returns the roles that had none or another shape.
+
+        ValueError where its student does not fit.
+        """
+        fresh = []
+        for name in self.roles.trains:
+            weights = _part(tensors, f"role/{name}/")
+            if name == "student":
+                weights = _part(tensors, "ema/") or weights
+            module = self.roles.module(name)
+            if {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in module.state_dict().items()}:
+                module.load_state_dict(weights)
+            elif name == "student":
+                raise ValueError("its student is another network, or an adapter where this one is full (or the other way round)")
+            else:
+                fresh.append(name)
+        if self.ema:
+            self.ema.network.load_state_dict(self.roles.module("student").state_dict())
+        return fresh
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def updates_of(method: Method[Any], steps: int) -> dict[str, int]:

@@ -57,7 +57,7 @@ def start(recipe: Recipe, out: Path, accelerator: Accelerator | None = None) -> 
     accelerator = accelerator or make_accelerator(recipe, out)
     if out.exists() and (not out.is_dir() or any(p.name != f".{RECIPE}.partial" for p in out.iterdir())):     # what a kill may leave
         raise ValueError(f"{out} is not empty: choose another --out, or continue it with --resume {out}")
-    run = assemble(recipe, accelerator)
+    run = begun(assemble(recipe, accelerator))
     accelerator.wait_for_everyone()                                             # every process has looked before one writes
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,25 @@ def resume(out: Path) -> Outcome:
     if not (out / RECIPE).is_file():
         raise FileNotFoundError(f"{out} is not a run: it has no {RECIPE}")
     recipe = recipes.load(out / RECIPE)
-    return train(assemble(recipe, make_accelerator(recipe, out)), out)
+    run = assemble(recipe, make_accelerator(recipe, out))
+    return train(run if checkpoint.listed(out / CHECKPOINTS) else begun(run), out)
+
+
+def begun(run: Run) -> Run:
+    """The run with the networks of `recipe.start` where it names one. FileNotFoundError or ValueError where that is no such run."""
+    folder = run.recipe.start
+    if folder is None:
+        return run
+    found = checkpoint.newest(folder / CHECKPOINTS, say)
+    if found is None:
+        raise FileNotFoundError(f"start: {folder} is not a run with a checkpoint")
+    try:
+        fresh = run.begin(found[0])
+    except ValueError as error:
+        raise ValueError(f"start: {folder}: {error}") from error
+    if run.accelerator.is_main_process:
+        say(f"begins with the networks of {folder}, step {found[1]['step']}" + (f"; {', '.join(fresh)} from new" if fresh else ""))
+    return run
 
 
 def make_accelerator(recipe: Recipe, out: Path | None) -> Accelerator:
