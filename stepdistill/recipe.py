@@ -90,7 +90,7 @@ class Recipe:
     optim: Mapping[str, OptimRecipe]
     lora: Mapping[str, LoraRecipe] = field(default_factory=dict)  # roles that are adapters on the teacher's own network: one base for all
     student: StudentRecipe = StudentRecipe()
-    start: Path | None = None                            # another run, whose networks this one begins with: its student's average, its critics
+    start: Path | None = None                            # another run, whose student's average and critics this one begins with
     data: DataRecipe = DataRecipe()
     guidance: float = 1.0                                # the teacher's w in null + w·(cond - null); 1 is none
     steps: int = 1000                                    # loop iterations
@@ -165,8 +165,13 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
     optim = {n: recipe.optim[n] for n in trained}            # method.gan_weight=0 needs no edit of a recipe that names the discriminator
     teacher = recipe.teacher if worlds.teacher_folder(recipe.teacher.path) else dataclasses.replace(
         recipe.teacher, path=str(Path(recipe.teacher.path).expanduser().absolute()))
-    folder, prompts, start = (path and path.expanduser().absolute() for path in (recipe.data.folder, recipe.data.prompts, recipe.start))
-    return dataclasses.replace(recipe, method=_resolved(recipe), optim=optim, teacher=teacher, data=DataRecipe(folder, prompts), start=start)
+    folder, prompts, start = map(_absolute, (recipe.data.folder, recipe.data.prompts, recipe.start))
+    data = DataRecipe(folder, prompts)
+    return dataclasses.replace(recipe, method=_resolved(recipe), optim=optim, teacher=teacher, data=data, start=start)
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path and path.expanduser().absolute()
 
 
 def _resolved(recipe: Recipe) -> dict[str, Any]:
