@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,18 +19,32 @@ from stepdistill.eval import protocol, score
 from stepdistill.eval.extractors import digest
 from stepdistill.eval.generate import generate
 from stepdistill.eval.parts import Parts, Taken
-from stepdistill.export import load_student
-from stepdistill.models.load import Teacher, load_teacher, read_json
+from stepdistill.export import NO_PROTOCOL, load_student
+from stepdistill.models.load import Teacher, is_prompted, load_teacher, read_json
+from stepdistill.models.prompted import PromptTeacher
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and how it is sampled. `name` is what the user called it."""
+    """A model and how it is sampled. `name` is what the user called it, `trained` the number of steps of its own sampler."""
 
     name: str
     teacher: Teacher
     spec: SamplerSpec
     is_teacher: bool
+    trained: int
+
+    @property
+    def most_at_once(self) -> int:
+        """How many pictures may share a batch: prompts that are padded together would change with their neighbours."""
+        return 1 if isinstance(self.teacher, PromptTeacher) and self.teacher.bank is None else sys.maxsize
+
+    @property
+    def guides(self) -> bool:
+        """Whether it knows what no class or prompt is."""
+        if isinstance(self.teacher, PromptTeacher):
+            return self.teacher.condition(torch.tensor([0])).nulls is not None
+        return self.teacher.null_class is not None
 
     def class_number(self, label: str) -> int:
         """A class by name or number; ValueError naming the classes."""
@@ -50,10 +66,15 @@ class Opened:
 
 def open_model(name: str, steps: int | None = None, guidance: float | None = None, *, solver: str | None = None,
                renoise: float | None = None, shift: float | None = None, device: torch.device | str = "cpu",
-               autocast: torch.dtype | None = None) -> Opened:
+               autocast: torch.dtype | None = None, prompts: Sequence[str] = ()) -> Opened:
     """`name` is an exported folder or "teacher:WORLD". Steps and guidance override the model's own sampler; so do solver, renoise and
     the shift of the times for a teacher, whose own sampler is the one its model card calls its best setting. Other steps than its own
-    are equal ones unless `shift` says otherwise."""
+    are equal ones unless `shift` says otherwise. `prompts` are for students of a pipeline with prompts, and for no other model."""
+    prompted = is_prompted(Path(name))
+    if prompted and not prompts:
+        raise ValueError(f"{name} makes pictures of prompts: give --prompt or --prompts")
+    if prompts and not prompted:
+        raise ValueError(f"{name} is class-conditional and takes no prompts: name a class with --label")
     if name.startswith("teacher:") or worlds.teacher_folder(name):
         teacher = load_teacher(name, device=device, autocast=autocast)
         own = SamplerSpec.from_dict(dict(teacher.notes["sampler"]))
@@ -63,15 +84,15 @@ def open_model(name: str, steps: int | None = None, guidance: float | None = Non
             own = replace(own, renoise=renoise)
         if steps is not None or shift is not None:
             own = replace(own, times=trailing(steps or len(own.times), 1.0 if shift is None else shift))
-        opened = Opened(name, teacher, own, True)
+        opened = Opened(name, teacher, own, True, len(own.times))
     else:
-        student, own = load_student(Path(name), device=device, autocast=autocast)
+        student, own = load_student(Path(name), prompts=prompts, device=device, autocast=autocast)
         if (solver, renoise, shift) != (None, None, None):
             raise ValueError("--solver, --renoise and --shift are for teachers; a student is sampled as it was trained")
-        opened = Opened(name, student, own.at(steps) if steps else own, False)
+        opened = Opened(name, student, own.at(steps) if steps else own, False, len(own.times))
     if guidance is not None:
         opened = replace(opened, spec=opened.spec.guided(guidance))
-    if opened.spec.guidance != 1 and opened.teacher.null_class is None:
+    if opened.spec.guidance != 1 and not opened.guides:
         raise ValueError(f"{name} has no null class, so it cannot be guided: leave --guidance at 1")
     return opened
 
@@ -88,6 +109,8 @@ def evaluate(model: str, protocol_name: str, count: int, to: Path, *, steps: int
     exam = protocol.get(protocol_name, count, seed)
     if to.is_dir() or to.suffix != ".json":
         raise ValueError(f"{to} must name a .json file")
+    if is_prompted(Path(model)):
+        raise ValueError(f"{model} {NO_PROTOCOL}")
     opened = open_model(model, steps, guidance, solver=solver, renoise=renoise, shift=shift, device=device)
     to.parent.mkdir(parents=True, exist_ok=True)
     started, began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()

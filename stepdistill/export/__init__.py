@@ -1,0 +1,368 @@
+"""A trained student as a diffusers folder that loads where stepdistill is not installed, with its model card; and back again.
+
+Class-conditional and unconditional students bring their pipeline along:
+
+    model_index.json  pipeline.py     the self-contained pipeline and its settings
+    unet/  scheduler/  vae/           weights in safetensors; a stock scheduler set up as the student needs it; the teacher's VAE if any
+
+Students of a whole pipeline are one of its class, with a scheduler that runs them when told their number of steps (`export.schedule`):
+
+    model_index.json  unet/ ...       everything of the teacher's, with the student's network
+    scheduler/  stock_scheduler/      the scheduler; where it is of our own, a stock one that is told the grid at the call, if there is one
+    lora/  lora_kohya/                the student as an adapter, where it was trained as one or a rank was asked for (`export.lora`)
+    LICENSE*                          the teacher's
+
+Both hold
+
+    recipe.yaml  stepdistill.json     how it was made; what a diffusers folder cannot say (codec, labels, sampler, digest, ...)
+    README.md                         the model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import yaml
+from torch import Tensor
+
+import stepdistill
+from stepdistill import recipe as recipes
+from stepdistill.diffusion.process import Flow
+from stepdistill.diffusion.sampler import SamplerSpec
+from stepdistill.export import lora as loras
+from stepdistill.export import schedule
+from stepdistill.export.cards import card, pipeline_card
+from stepdistill.export.schedule import Plan, scheduler_of
+from stepdistill.models.adapters import is_adapter, layers_of, merged
+from stepdistill.models.drive import Driven
+from stepdistill.models.load import NOTES, Teacher, Vae, is_prompted, load_pipeline, load_teacher, read_json
+from stepdistill.models.recording import SCALES, usual_inputs
+from stepdistill.recipe import Recipe
+from stepdistill.training import checkpoint
+from stepdistill.training.loop import CHECKPOINTS, RECIPE, say
+
+__all__ = ["Exported", "add_results", "card", "export", "in_one_move", "load_student", "pipeline_card", "scheduler_of", "sha256"]
+
+CARD, PIPELINE, INDEX = "README.md", "pipeline.py", "model_index.json"
+WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
+OWN_SCHEDULER, STOCK_SCHEDULER = "few_step_scheduler", "stock_scheduler"
+SHARED_NOTES = {"sampler", "method", "teacher", "step", "ema"}
+NO_PROTOCOL = "is a pipeline with prompts, and no evaluation protocol takes one yet"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. `ema` is False for a run that keeps no average, or where the raw weights were asked for.
+
+    `fit` says how well the adapter of a given rank holds a fully trained student; None where none was asked for.
+    """
+
+    folder: str
+    step: int
+    steps: int
+    ema: bool
+    unet_sha256: str
+    fit: loras.Fit | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export(run: Path, to: Path, weights: Literal["ema", "raw"] = "ema", *, dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+           results: Sequence[Path] = (), lora_rank: int | None = None) -> Exported:
+    """Write the newest readable checkpoint of a run, finished or not, into the new or empty folder `to`, in one move.
+
+    "ema" takes the average where the run keeps one. `results` are result files of the evaluation, for the card. `lora_rank` factors a
+    fully trained student of a pipeline into an adapter of this rank beside its weights. Adapters are merged and saved in float32,
+    whatever `dtype` the weights are stored in. Raises FileNotFoundError or ValueError where `run` is not a run, has trained nothing yet
+    or is damaged, where `to` holds anything, and where the student can be no pipeline or no adapter of what it was trained from.
+    """
+    run, to = Path(run).expanduser(), Path(to).expanduser().resolve()
+    if not (run / RECIPE).is_file():
+        raise FileNotFoundError(f"{run} is not a run: it has no {RECIPE}")
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights must be ema or raw, got {weights!r}")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ValueError(f"{to} is not empty: choose another folder to export into")
+    recipe = recipes.load(run / RECIPE)
+    found = checkpoint.newest(run / CHECKPOINTS, say)
+    if found is None:
+        raise ValueError(f"nothing trained yet: {run} has no checkpoint; the first is written after step "
+                         f"{min(recipe.checkpoint_every, recipe.steps)}, or when the run is interrupted")
+    tensors, state = found
+    ema = weights == "ema" and recipe.ema_decay > 0
+    spec = _spec(state.get("sampler"), run)
+    if is_prompted(Path(recipe.teacher.path)):
+        if results:
+            raise ValueError(f"{run} {NO_PROTOCOL}: export it without results")
+        return _export_pipeline(run, to, tensors, state, spec, recipe, getattr(torch, dtype), ema, lora_rank)
+    if lora_rank is not None:
+        raise ValueError(f"--lora-rank is for students of a pipeline that diffusers loads adapters into; {recipe.teacher.path} is none")
+    teacher = load_teacher(recipe.teacher.path)
+    network = torch.nn.Module.to(_filled(teacher, tensors, "ema/" if ema else "role/student/", run), getattr(torch, dtype))
+    with in_one_move(to) as folder:
+        _pipeline(teacher, network, spec).save_pretrained(folder, safe_serialization=True, max_shard_size="1000GB")
+        for inner in folder.glob("*/config.json"):
+            _edit(inner, {"_name_or_path": None})                                # a path of the machine it was made on
+        _edit(folder / INDEX, {"_class_name": [Path(PIPELINE).stem, "ClassConditionalPipeline"], "_name_or_path": None})
+        (folder / PIPELINE).write_bytes(_code("class_conditional"))
+        (folder / RECIPE).write_text(recipes.dump(recipe))
+        notes = _notes(recipe, teacher, spec) | {"step": int(state["step"]), "ema": ema, "unet_sha256": sha256(folder / WEIGHTS)}
+        (folder / NOTES).write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n")
+        (folder / CARD).write_text(card(to.name, notes, recipe, results))
+    return Exported(str(to), notes["step"], recipe.steps, ema, notes["unet_sha256"])
+
+
+def _export_pipeline(run: Path, to: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], spec: SamplerSpec, recipe: Recipe,
+                     dtype: torch.dtype, ema: bool, rank: int | None) -> Exported:
+    """The teacher's own pipeline with the student's weights and a scheduler that runs them."""
+    source = Path(recipe.teacher.path)
+    pipeline = load_pipeline(source)
+    prefix = "ema/" if ema else "role/student/"
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    adapter, fit, factors = recipe.lora.get("student"), None, None
+    fits = (lambda part: layers_of(weights) <= dict(part.named_modules()).keys()) if adapter else (
+        lambda part: part.state_dict().keys() == weights.keys())
+    component = next((n for n, part in pipeline.components.items() if isinstance(part, torch.nn.Module) and fits(part)), None)
+    if component is None or is_adapter(weights) != bool(adapter):
+        raise ValueError(f"the checkpoint of {run} fits no network of the pipeline at {source}; was the teacher replaced?")
+    if rank is not None and adapter:
+        raise ValueError(f"the student of {run} is an adapter of rank {adapter.rank} already: leave --lora-rank out")
+    if rank is not None and not loras.saves(pipeline, component):
+        raise ValueError(f"{type(pipeline).__name__} loads no adapters: leave --lora-rank out")
+    driven = Driven(pipeline)
+    inputs = {**usual_inputs(pipeline, **recipe.teacher.call)(["a red apple"]), **state["call"]}
+    driven.fit_shift(inputs, SCALES[0])
+    chosen = schedule.plan(driven, inputs, spec)
+    network = getattr(pipeline, component)
+    if adapter:
+        factors = loras.of_adapter(weights, adapter) if loras.saves(pipeline, component) else None
+        merged(network, weights, adapter)
+    else:
+        if rank is not None:
+            factors, fit = loras.of_difference(network, weights, rank)
+        network.load_state_dict(weights)
+    torch.nn.Module.to(network, dtype)
+    notes = {"pipeline": type(pipeline).__name__, "component": component, "sampler": spec.to_dict(), "method": recipe.method["name"],
+             "teacher": source.name, "call": {**recipe.teacher.call, "num_inference_steps": len(spec.times), **state["call"]},
+             "video": hasattr(pipeline, "video_processor"), **_walk(driven, chosen, spec, state["call"]),
+             "teacher_scheduler": {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config},
+             "licence": licence_of(source), "step": int(state["step"]), "ema": ema, "versions": _versions()}
+    pipeline.scheduler = chosen.scheduler
+    with in_one_move(to) as folder:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        for inner in (*folder.glob("*/config.json"), folder / INDEX):
+            _edit(inner, {"_name_or_path": None})
+        if not chosen.stock:
+            _edit(folder / INDEX, {"scheduler": [OWN_SCHEDULER, type(chosen.scheduler).__name__]})
+            (folder / "scheduler" / f"{OWN_SCHEDULER}.py").write_bytes(_code(OWN_SCHEDULER))
+        if chosen.other is not None:
+            chosen.other.save_pretrained(folder / STOCK_SCHEDULER)
+        files = loras.save(pipeline, component, factors, folder, to.name) if factors else ()
+        held = len(next(iter(factors.values()))[0]) if factors else None
+        notes |= {"weights_sha256": digest(folder / component),
+                  "lora": {"files": files, "rank": held, "fit": fit.to_dict() if fit else None} if files else None}
+        for legal in sorted(source.glob("LICENSE*")):
+            shutil.copy(legal, folder)
+        (folder / RECIPE).write_text(recipes.dump(recipe))
+        (folder / NOTES).write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n")
+        (folder / CARD).write_text(pipeline_card(to.name, notes, recipe))
+    return Exported(str(to), int(state["step"]), recipe.steps, ema, notes["weights_sha256"], fit)
+
+
+def _walk(driven: Driven, chosen: Plan, spec: SamplerSpec, call: Mapping[str, Any]) -> dict[str, Any]:
+    """How the student is run, for programs that are no diffusers: the grid as the network is told it and as noise levels.
+
+    `dmd2_config` is the block of model_index.json that vLLM-Omni's DMD2 pipelines read: on a flow without shift, whole timesteps
+    1000·sigma, "sde" for re-noising and "ode" for none. It is given for flow students on such a grid, and kept out of model_index.json
+    because diffusers warns of keys it does not know.
+    """
+    t = torch.tensor(spec.times, dtype=torch.float64)
+    told, guidance = driven.times(spec.times), next(iter(call.values()), None)
+    whole = [round(1000 * sigma) for sigma in driven.process.sigma(t).tolist()]
+    flow = isinstance(driven.process, Flow)
+    exact = flow and spec.renoise in (0, 1) and all(abs(a - b) < 1e-3 for a, b in zip(whole, told, strict=True))
+    return {"schedule": {"scheduler": type(chosen.scheduler).__name__, "stock": chosen.stock, "other_steps": schedule.other_steps(chosen),
+                         "timesteps": told, "alphas": driven.process.alpha(t).tolist(), "sigmas": driven.process.sigma(t).tolist(),
+                         "shift": driven.process.shift if isinstance(driven.process, Flow) else None, "renoise": spec.renoise,
+                         "guidance": guidance,
+                         "stock_call": {"scheduler": type(chosen.other).__name__, **chosen.keywords} if chosen.other else None},
+            "dmd2_config": {"num_inference_steps": len(whole), "denoising_timesteps": whole, "solver": "sde" if spec.renoise else "ode",
+                            "guidance_scale": 1.0 if guidance is None else guidance} if exact else None}
+
+
+def licence_of(source: Path) -> str | None:
+    """The licence of a teacher's folder: of our notes, or of its model card's front matter, or its LICENSE file's name."""
+    notes = read_json(source / NOTES) if (source / NOTES).is_file() else {}
+    if notes.get("licence"):
+        return str(notes["licence"])
+    if (source / CARD).is_file() and (parts := (source / CARD).read_text(errors="replace").split("---\n", 2))[0] == "" and len(parts) == 3:
+        try:
+            front = yaml.safe_load(parts[1])
+        except yaml.YAMLError as error:
+            raise ValueError(f"the front matter of {source / CARD} is not YAML: correct it, or name a licence in {NOTES}") from error
+        named = front.get("license") if isinstance(front, dict) else None
+        if named == "other":
+            named = front.get("license_name", named)
+        if named:
+            return str(named)
+    return next((f"{path.name} in this folder" for path in sorted(source.glob("LICENSE*"))), None)
+
+
+def load_student(folder: Path, *, prompts: Sequence[str] = (), device: torch.device | str = "cpu", autocast: torch.dtype | None = None,
+                 dtype: torch.dtype = torch.float32) -> tuple[Teacher, SamplerSpec]:
+    """An exported student as a model of this package, and how it must be run. FileNotFoundError or ValueError where it is damaged.
+
+    A student of a pipeline with prompts is recorded again, under its teacher's scheduler, and takes these `prompts`. No code in its folder
+    is run.
+    """
+    folder = Path(folder).expanduser().resolve()
+    notes = _read_notes(folder)
+    if is_prompted(folder):
+        return _load_prompted(folder, notes, prompts, device=device, autocast=autocast, dtype=dtype)
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}: export the student again")
+    if sha256(folder / WEIGHTS) != notes["unet_sha256"]:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or was replaced: it does not match the digest in {NOTES}; export it again")
+    return load_teacher(folder, device=device, autocast=autocast, dtype=dtype), _spec(notes["sampler"], folder)
+
+
+def _load_prompted(folder: Path, notes: Mapping[str, Any], prompts: Sequence[str], **options: Any) -> tuple[Teacher, SamplerSpec]:
+    component = folder / notes["component"]
+    if not any(component.glob("*.safetensors")):
+        raise FileNotFoundError(f"{component} holds no weights: export the student again")
+    if digest(component) != notes["weights_sha256"]:
+        raise ValueError(f"the weights in {component} are damaged or were replaced: they do not match the digest in {NOTES}; export again")
+    recipe = recipes.load(folder / RECIPE)
+    with _as_taught(folder, notes["teacher_scheduler"]) as taught:
+        model = load_teacher(taught, prompts=prompts, call=recipe.teacher.call, guidance=recipe.guidance, **options)
+    return replace(model, folder=folder, denoiser=model.denoiser.shared(None)), _spec(notes["sampler"], folder)
+
+
+@contextmanager
+def _as_taught(folder: Path, scheduler: Mapping[str, Any]) -> Iterator[Path]:
+    """A view of an exported pipeline with its teacher's scheduler, whose process and clock the sampler's times are counted in."""
+    with tempfile.TemporaryDirectory() as made:
+        view = Path(made)
+        for path in folder.iterdir():
+            if path.name not in ("scheduler", INDEX):
+                (view / path.name).symlink_to(path)
+        (view / "scheduler").mkdir()
+        (view / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+        (view / INDEX).write_text(json.dumps({**read_json(folder / INDEX), "scheduler": ["diffusers", scheduler["_class_name"]]}))
+        yield view
+
+
+def add_results(folder: Path, results: Sequence[Path]) -> None:
+    """Write the model card again with these figures instead of those it had."""
+    folder = Path(folder).expanduser().resolve()
+    notes = _read_notes(folder)
+    if is_prompted(folder):
+        raise ValueError(f"{folder} {NO_PROTOCOL}")
+    if not (folder / RECIPE).is_file():
+        raise FileNotFoundError(f"{folder} has no {RECIPE}: export the student again")
+    checkpoint.write_atomically(folder / CARD, card(folder.name, notes, recipes.load(folder / RECIPE), results))
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of a network's weights: of its one file, or of its shards' digests in the order of their names."""
+    each = [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+@contextmanager
+def in_one_move(to: Path) -> Iterator[Path]:
+    """A hidden sibling to fill, which takes the place of the new or empty folder `to` at the end, or leaves nothing."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            checkpoint.fsync(path)
+        os.replace(partial, to)
+        checkpoint.fsync(to.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _code(name: str) -> bytes:
+    """A file of `pipelines/`, which leaves with the weights."""
+    return resources.files("stepdistill.pipelines").joinpath(f"{name}.py").read_bytes()
+
+
+def _filled(teacher: Teacher, tensors: Mapping[str, Tensor], prefix: str, run: Path) -> torch.nn.Module:
+    """The teacher's network with the weights of a checkpoint."""
+    network = teacher.denoiser.network
+    try:
+        network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint of {run} does not fit the teacher at {teacher.folder}; was the teacher replaced? "
+                         f"{' '.join(str(error).split())[:300]}") from error
+    return network
+
+
+def _pipeline(teacher: Teacher, network: torch.nn.Module, spec: SamplerSpec) -> Any:
+    from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
+
+    vae = teacher.codec.model if isinstance(teacher.codec, Vae) else None
+    return ClassConditionalPipeline(
+        unet=network, scheduler=scheduler_of(teacher.scheduler, spec), vae=vae,
+        space_to_depth=teacher.codec.to_dict().get("space_to_depth", 1), null_class=teacher.null_class, labels=list(teacher.labels),
+        sampler={**spec.to_dict(), "steps": len(spec.times)})
+
+
+def _notes(recipe: Recipe, teacher: Teacher, spec: SamplerSpec) -> dict[str, Any]:
+    """What a diffusers folder cannot say. The first five are a teacher's notes, so an export is loaded as a teacher is."""
+    picture = teacher.pictures(torch.zeros(1, *teacher.shape)).shape[1:]
+    return {"codec": teacher.codec.to_dict(), "classes": teacher.classes, "null_class": teacher.null_class, "labels": list(teacher.labels),
+            "licence": teacher.notes.get("licence"), "picture": list(picture), "sampler": spec.to_dict(), "method": recipe.method["name"],
+            "teacher": recipe.teacher.path, "versions": _versions()}
+
+
+def _versions() -> dict[str, str]:
+    return {"stepdistill": stepdistill.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def _spec(values: Any, where: Path) -> SamplerSpec:
+    try:
+        return SamplerSpec.from_dict(values)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{where} is damaged: what it says of its sampler cannot be used ({error})") from error
+
+
+def _read_notes(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no exported student at {folder}")
+    if not (folder / NOTES).is_file() or "sampler" not in (notes := read_json(folder / NOTES)):
+        raise FileNotFoundError(f"{folder} is not an exported student: it has no {NOTES} with a sampler")
+    own = {"component", "schedule", "teacher_scheduler", "weights_sha256"} if is_prompted(folder) else {
+        "codec", "classes", "labels", "picture", "unet_sha256"}
+    if missing := sorted((SHARED_NOTES | own) - set(notes)):
+        raise ValueError(f"{folder / NOTES} is damaged: it lacks {', '.join(missing)}; export the student again")
+    return notes
+
+
+def _edit(path: Path, changes: Mapping[str, Any]) -> None:
+    """Set keys of a JSON file, or drop those set to None."""
+    values = {k: v for k, v in {**read_json(path), **changes}.items() if v is not None or k not in changes}
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
