@@ -77,8 +77,9 @@ class OptimRecipe:
 class DataRecipe:
     """Pictures for the methods that read them, prompts for the pipelines that take them. A world brings its own."""
 
-    folder: Path | None = None                           # one sub-folder per class
-    prompts: Path | None = None                          # one prompt per line
+    folder: Path | None = None                           # one sub-folder per class; captioned pictures, tars or a dataset for a pipeline
+    prompts: Path | None = None                          # one prompt per line, or a table or dataset of them
+    cache: Path | None = None                            # where conditions and latents of a pipeline are kept; filled where it lacks some
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,8 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
     optim = {n: recipe.optim[n] for n in trained}            # method.gan_weight=0 needs no edit of a recipe that names the discriminator
     teacher = recipe.teacher if worlds.teacher_folder(recipe.teacher.path) else dataclasses.replace(
         recipe.teacher, path=str(Path(recipe.teacher.path).expanduser().absolute()))
-    folder, prompts, start = map(_absolute, (recipe.data.folder, recipe.data.prompts, recipe.start))
-    data = DataRecipe(folder, prompts)
+    folder, prompts, cache, start = map(_absolute, (recipe.data.folder, recipe.data.prompts, recipe.data.cache, recipe.start))
+    data = DataRecipe(folder, prompts, cache)
     return dataclasses.replace(recipe, method=_resolved(recipe), optim=optim, teacher=teacher, data=data, start=start)
 
 

@@ -165,7 +165,7 @@ def test_bench_step(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
 # ---- mistakes of the user: exit code 2, one line, nothing written
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["train"], "name a recipe with --config (fashion/"),
+    (["train"], "name a recipe with --config ("),
     (["train", "--config", "fashion/dmd2"], "name a new folder for the run with --out"),
     (["train", "--config", "fashion/dmd3", "--out", "OUT"], "did you mean 'fashion/dmd2'?"),
     (["train", "--config", "nowhere.yaml", "--out", "OUT"], "no recipe at nowhere.yaml"),

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from zoo import basics, images
 
 from stepdistill import cli
 from stepdistill import recipe as recipes
-from stepdistill.data.prompts import read_captions, read_prompts
+from stepdistill.data.pictures import read_pictures
+from stepdistill.data.prompts import read_prompts
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, sample
 from stepdistill.export import export
@@ -229,12 +231,12 @@ def test_captions_from_a_table(captioned, tmp_path):
     for i in range(8):
         (tmp_path / "p" / f"{i}.txt").unlink()
     with pytest.raises(ValueError, match="has no caption"):
-        read_captions(tmp_path / "p")
+        read_pictures(tmp_path / "p")
     (tmp_path / "p" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "one"}\n{"file_name": "0.png", "text": "none"}\n')
-    assert [(path.name, caption) for path, caption in read_captions(tmp_path / "p")] == [("1.png", "one"), ("0.png", "none")]
+    assert [(Path(p.where).name, p.caption) for p in read_pictures(tmp_path / "p")] == [("1.png", "one"), ("0.png", "none")]
     (tmp_path / "p" / "metadata.jsonl").write_text('{"file_name": "../x.png", "text": "one"}\n')
     with pytest.raises(ValueError, match="not in"):
-        read_captions(tmp_path / "p")
+        read_pictures(tmp_path / "p")
 
 
 @pytest.mark.parametrize(("content", "name", "message"), [

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from stepdistill.data.prompts import SUFFIXES, read_captions
+from stepdistill.data.pictures import SUFFIXES, Picture, picture_files, tensors
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods.base import Batch, Images, Sample, Stream
 from stepdistill.models.load import Teacher
-from stepdistill.models.prompted import PromptTeacher
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,20 @@ class PictureSet:
 
     images: Tensor
     labels: Tensor
+
+    @torch.no_grad()
+    def states(self, rows: Tensor, teacher: Teacher) -> Tensor:
+        """Some of the pictures as states, encoded now."""
+        return teacher.codec.encode(self.images[rows].to(teacher.device).float() / 127.5 - 1)
+
+
+class CleanStates(Protocol):
+    """Real data: states x0 by their numbers, and the label (or prompt) of each."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def states(self, rows: Tensor, teacher: Teacher) -> Tensor: ...
 
 
 def world_pictures(name: str) -> PictureSet:
@@ -46,21 +59,15 @@ def folder_pictures(folder: Path, size: tuple[int, int], channels: int, labels: 
     if groups == [folder] and len(labels) > 1:
         raise ValueError(f"data.folder {folder} has no sub-folders, and this teacher has {len(labels)} classes: put each class into a "
                          f"folder of its own, named {labels[0]!r} or 0, {labels[1]!r} or 1, ...")
-    images, numbers = [], []
+    found, numbers = [], []
     for group in groups:
         number = 0 if group == folder else _class_of(group.name, labels, folder)
-        for path in sorted(p for p in group.iterdir() if p.suffix.lower() in SUFFIXES):
-            images.append(_read(path, size, channels))
+        for path in picture_files(group):
+            found.append(Picture(str(path), "", path.read_bytes))
             numbers.append(number)
-    if not images:
+    if not found:
         raise ValueError(f"data.folder {folder} holds no pictures ({', '.join(SUFFIXES)})")
-    return PictureSet(torch.stack(images), torch.tensor(numbers))
-
-
-def captioned_pictures(folder: Path, size: tuple[int, int], channels: int) -> PictureSet:
-    """The captioned pictures of a folder (data.prompts.read_captions), whose labels are the numbers of their captions."""
-    images = [_read(path, size, channels) for path, _ in read_captions(folder)]
-    return PictureSet(torch.stack(images), torch.arange(len(images)))
+    return PictureSet(torch.stack(list(tensors(found, size, channels))), torch.tensor(numbers))
 
 
 def _class_of(name: str, labels: tuple[str, ...], folder: Path) -> int:
@@ -73,26 +80,16 @@ def _class_of(name: str, labels: tuple[str, ...], folder: Path) -> int:
     raise ValueError(f"{folder / name} is no class of this teacher; sub-folders are named {labels[:3]}... or 0..{len(labels) - 1}")
 
 
-def _read(path: Path, size: tuple[int, int], channels: int) -> Tensor:
-    try:
-        with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:     # what Pillow raises for damaged files
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    side = min(image.width * size[0], image.height * size[1])
-    crop = round(side / size[0]), round(side / size[1])                              # (width, height) of the target's aspect
-    left, top = (image.width - crop[0]) // 2, (image.height - crop[1]) // 2
-    image = image.crop((left, top, left + crop[0], top + crop[1])).resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return data.reshape(size[0], size[1], channels).permute(2, 0, 1).contiguous()
-
-
 @dataclass(frozen=True)
 class Source:
-    """Makes batches for a method: labels are uniform over the classes, pictures uniform over the set, both by the sample's key."""
+    """Makes batches for a method: labels are uniform over the classes, pictures uniform over the set, both by the sample's key.
+
+    Of a teacher that takes prompts the first `prompts` are drawn where no picture is asked for, 0 for all: captions may follow them.
+    """
 
     teacher: Teacher
-    pictures: PictureSet | None = None
+    pictures: CleanStates | None = None
+    prompts: int = 0
 
     def batch(self, streams: Mapping[str, Stream], draws: Draws) -> Batch:
         """One batch with the streams a method declared. ValueError where it wants pictures and none were given."""
@@ -101,24 +98,39 @@ class Source:
     def _sample(self, name: str, stream: Stream, draws: Draws) -> Sample:
         rows = draws.each(f"data/{name}")
         if not isinstance(stream, Images):
-            return Sample(self.teacher.condition(rows.integers(max(1, self.teacher.classes))))
+            return Sample(self.teacher.condition(rows.integers(self.prompts or max(1, self.teacher.classes))))
         if self.pictures is None:
             raise ValueError("this method reads real pictures: set data.folder (or, for DMD2 without pictures, method.gan_weight=0)")
-        chosen = rows.integers(len(self.pictures.images)).cpu()
-        images = self.pictures.images[chosen].to(self.teacher.device).float() / 127.5 - 1
-        with torch.no_grad():
-            return Sample(self.teacher.condition(self.pictures.labels[chosen]), self.teacher.codec.encode(images))
+        chosen = rows.integers(len(self.pictures.labels)).cpu()
+        return Sample(self.teacher.condition(self.pictures.labels[chosen]), self.pictures.states(chosen, self.teacher))
+
+
+def wants_pictures(streams: Mapping[str, Stream], given: bool) -> bool:
+    """Whether a method with these streams reads pictures; ValueError where it does and none are `given`."""
+    wants = any(isinstance(s, Images) for s in streams.values())
+    if wants and not given:
+        raise ValueError("this method reads real pictures: set data.folder to a folder of pictures, or choose a data-free method")
+    return wants
 
 
 def source(teacher: Teacher, streams: Mapping[str, Stream], world: str | None, folder: Path | None) -> Source:
-    """The data a method needs, read only where a stream wants pictures."""
-    if not any(isinstance(s, Images) for s in streams.values()):
+    """The data a method needs for a teacher with classes, read only where a stream wants pictures."""
+    if not wants_pictures(streams, folder is not None or world is not None):
         return Source(teacher)
-    if folder is None and world is None:
-        raise ValueError("this method reads real pictures: set data.folder to a folder of pictures, or choose a data-free method")
     if folder is not None:
-        channels, height, width = teacher.pictures(torch.zeros(1, *teacher.shape, device=teacher.device)).shape[1:]
-        if isinstance(teacher, PromptTeacher):
-            return Source(teacher, captioned_pictures(folder.expanduser(), (height, width), channels))
-        return Source(teacher, folder_pictures(folder.expanduser(), (height, width), channels, teacher.labels))
+        return Source(teacher, folder_pictures(folder.expanduser(), *picture_size(teacher), teacher.labels))
     return Source(teacher, world_pictures(str(world)))
+
+
+def captioned_source(teacher: Teacher, prompts: int, pictures: Sequence[Picture]) -> Source:
+    """The data for a teacher whose conditions are so many prompts and then the captions of these pictures (none for data-free methods)."""
+    if not pictures:
+        return Source(teacher)
+    images = torch.stack(list(tensors(pictures, *picture_size(teacher))))
+    return Source(teacher, PictureSet(images, prompts + torch.arange(len(pictures))), prompts)
+
+
+def picture_size(teacher: Teacher) -> tuple[tuple[int, int], int]:
+    """((H, W), channels) of what the teacher makes."""
+    channels, height, width = teacher.pictures(torch.zeros(1, *teacher.shape, device=teacher.device)).shape[1:]
+    return (height, width), channels

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import diffusers
 import torch
@@ -26,6 +26,9 @@ from torch.nn import functional
 from stepdistill.diffusion.process import Flow, NoiseProcess, TableVP
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser, default_taps, keep_output_float32
+
+if TYPE_CHECKING:
+    from stepdistill.models.kept import Kept
 
 NOTES = "stepdistill.json"                              # what a diffusers folder cannot say: codec, null class, labels, licence
 NETWORKS: dict[str, type[nn.Module]] = {"UNet2DModel": UNet2DModel, "DiTTransformer2DModel": DiTTransformer2DModel}
@@ -225,17 +228,23 @@ def is_prompted(folder: Path) -> bool:
 
 
 def load_pipeline(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                  trust_remote_code: bool = False) -> Any:
-    """A diffusers pipeline from a folder, safetensors only. FileNotFoundError or ValueError naming what is missing."""
+                  trust_remote_code: bool = False, only: Sequence[str] | None = None) -> Any:
+    """A diffusers pipeline from a folder, safetensors only; of its components `only` these where they are named, None for the others.
+
+    FileNotFoundError or ValueError naming what is missing.
+    """
     folder = Path(path).expanduser()
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json")
-    for name, entry in read_json(folder / "model_index.json").items():
-        if isinstance(entry, list) and entry[0] is not None and not (folder / name).is_dir() and not name.startswith("_"):
+    entries = {name: entry for name, entry in read_json(folder / "model_index.json").items()
+               if isinstance(entry, list) and entry[0] is not None and not name.startswith("_")}
+    left_out = {name: None for name in entries if only is not None and name not in only}
+    for name, entry in entries.items():
+        if name not in left_out and not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder} lacks its component {name!r}: model_index.json names {entry[1]}, and there is no {name}/")
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype,
-                                                               trust_remote_code=trust_remote_code)
+                                                               trust_remote_code=trust_remote_code, **left_out)
     except Exception as error:
         raise ValueError(f"{folder} cannot be loaded as a diffusers pipeline: {' '.join(str(error).split())[:300]}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -244,12 +253,12 @@ def load_pipeline(path: str | Path, *, device: torch.device | str = "cpu", dtype
 
 def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None,
                  dtype: torch.dtype = torch.float32, guidance: float = 1.0, taps: tuple[str, ...] = (),
-                 prompts: Sequence[str] = (), call: Mapping[str, Any] | None = None) -> Teacher:
+                 prompts: Sequence[str] = (), call: Mapping[str, Any] | None = None, kept: Kept | None = None) -> Teacher:
     """Load a teacher (or an exported student) from the name of a shipped world or from a diffusers folder.
 
     The folder is a pipeline (`model_index.json` with unet/ or transformer/, scheduler/, perhaps vae/) or a bare network beside its
     `scheduler_config.json`. `dtype` is what frozen weights are stored in. A pipeline whose network is none of NETWORKS is recorded, and
-    reads `prompts`; `call` are further keywords for it.
+    reads `prompts`; `call` are further keywords for it, and `kept` is what a cache holds of it.
     """
     from stepdistill import worlds
 
@@ -261,7 +270,7 @@ def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autoca
         from stepdistill.models.prompted import load_prompted
 
         return load_prompted(folder, prompts, call or {}, device=device, autocast=autocast, dtype=dtype, guidance=guidance, taps=taps,
-                             notes=notes)
+                             notes=notes, kept=kept)
     if prompts or call:
         raise ValueError(f"{path} takes no prompts: leave data.prompts and teacher.call out of the recipe")
     inner = next((folder / n for n in ("unet", "transformer") if (folder / n).is_dir()), folder)

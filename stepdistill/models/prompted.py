@@ -15,9 +15,13 @@ from tqdm import tqdm
 
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.drive import GUIDER
+from stepdistill.models.kept import Bank, Kept, Learnt
 from stepdistill.models.latents import LatentLaw, learn_latents
-from stepdistill.models.load import Teacher, load_pipeline, without_dropout
+from stepdistill.models.load import Codec, Teacher, load_pipeline, without_dropout
 from stepdistill.models.recording import Inputs, Recording, record, usual_inputs
+from stepdistill.models.wiring import Unrecordable
+
+TAIL, HALF_TAIL = 1e-3, 5e-2                             # of pictures in [-1, 1], between the pipeline's tail and its VAE alone
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,55 @@ class PipelineCodec:
 
 
 @dataclass(frozen=True)
+class LawCodec:
+    """The same by the law of the latents and the VAE alone, without the pipeline; `law` None: states are pictures."""
+
+    law: LatentLaw | None
+    shape: tuple[int, ...]                              # of one state
+    pipeline: str
+
+    @classmethod
+    def of(cls, codec: PipelineCodec) -> LawCodec:
+        """Raises Unrecordable where that does not make the pictures that the pipeline makes of a state."""
+        recording = codec.recording
+        pipeline = recording.driven.pipeline
+        found = cls(None if getattr(pipeline, "vae", None) is None else codec.law, recording.shape, type(pipeline).__name__)
+        x0 = torch.randn(1, *recording.shape, generator=torch.Generator().manual_seed(0))
+        x0 = x0.to(next(recording.denoiser.network.parameters()).device)
+        expected = codec.decode(x0)
+        try:
+            ours = found.decode(x0)
+        except (TypeError, AttributeError) as error:
+            raise Unrecordable(f"its VAE is not decoded from latents alone ({error})") from error
+        bound = TAIL if recording.denoiser.dtype in (torch.float32, torch.float64) else HALF_TAIL
+        if ours.shape != expected.shape or float((ours.cpu() - expected.cpu()).abs().max()) > bound:
+            raise Unrecordable("a VAE alone does not make the pictures that the pipeline makes")
+        return found
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images if self.law is None else self.law.encode(images, self.shape)
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        if self.law is None:
+            return x0.clamp(-1, 1)
+        law, rows = self.law, x0.float().flatten(1)
+        z = rows[:, law.index.to(rows.device)] * law.scale.to(rows) + law.shift.to(rows)
+        pictures = law.vae.decode(z.reshape(-1, *law.row).to(next(law.vae.parameters()).dtype)).sample.float().clamp(-1, 1)
+        return pictures if pictures.ndim == 4 else pictures.permute(0, 1, 3, 2, 4).flatten(3)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"pipeline": self.pipeline}
+
+
+@dataclass(frozen=True)
 class PromptTeacher(Teacher):
     """A recorded pipeline. Sample rows are numbers of prompts; `bank` holds every prompt's condition where they can be joined."""
 
     recording: Recording = field(kw_only=True)
     inputs: Inputs = field(kw_only=True)
     prompts: tuple[str, ...] = field(kw_only=True)
-    bank: Conditioning | None = field(kw_only=True)
+    bank: Bank | None = field(kw_only=True)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -77,28 +123,58 @@ class PromptTeacher(Teacher):
         return self.recording.encode(self.inputs(chosen), len(chosen), self.denoiser.guidance).to(self.device)
 
 
-def load_prompted(folder: Path, prompts: Sequence[str], call: Mapping[str, Any], *, device: torch.device | str,
-                  autocast: torch.dtype | None, dtype: torch.dtype, guidance: float, taps: tuple[str, ...], notes: Mapping[str, Any],
-                  trust_remote_code: bool = False) -> PromptTeacher:
-    """Record the pipeline in a folder and encode the prompts. `call` are keywords of the pipeline: height, width, negative_prompt.
+def open_pipeline(folder: Path, call: Mapping[str, Any], *, device: torch.device | str, dtype: torch.dtype,
+                  trust_remote_code: bool = False) -> tuple[Recording, Inputs]:
+    """Load a whole pipeline and record it. `call` are keywords of the pipeline: height, width, negative_prompt."""
+    pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
+    inputs = usual_inputs(pipeline, **call)
+    return record(pipeline, inputs), inputs
 
-    Raises ValueError where there are no prompts, or guidance was asked for and the pipeline has none.
-    """
-    if not prompts:
-        raise ValueError(f"{folder} is a pipeline that takes prompts: name a file of them, one per line, with data.prompts")
-    pipeline = load_pipeline(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+def _still(pipeline: Any) -> Any:
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             without_dropout(component).eval().requires_grad_(False)
-    inputs = usual_inputs(pipeline, **call)
-    recording = record(pipeline, inputs)
+    return pipeline
+
+
+def _reopened(folder: Path, call: Mapping[str, Any], learnt: Learnt, device: torch.device | str,
+              dtype: torch.dtype) -> tuple[Recording, Inputs, Codec]:
+    only = (learnt.facts["component"], "scheduler", "vae")
+    pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, only=only))
+    recording = learnt.restored(pipeline)
+    return recording, usual_inputs(pipeline, **call), LawCodec(learnt.law(pipeline), recording.shape, type(pipeline).__name__)
+
+
+def load_prompted(folder: Path, prompts: Sequence[str], call: Mapping[str, Any], *, device: torch.device | str,
+                  autocast: torch.dtype | None, dtype: torch.dtype, guidance: float, taps: tuple[str, ...], notes: Mapping[str, Any],
+                  trust_remote_code: bool = False, kept: Kept | None = None) -> PromptTeacher:
+    """Record the pipeline in a folder and encode the prompts, or take what a cache has kept of that and load no encoders.
+
+    `call` are keywords of the pipeline: height, width, negative_prompt. Raises ValueError where there are no prompts, or guidance was
+    asked for and the pipeline has none.
+    """
+    if not prompts:
+        raise ValueError(f"{folder} is a pipeline that takes prompts: name a file of them, one per line, with data.prompts")
+    codec: Codec
+    if kept is not None and kept.learnt is not None:
+        recording, inputs, codec = _reopened(folder, call, kept.learnt, device, dtype)
+    else:
+        recording, inputs = open_pipeline(folder, call, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        codec = PipelineCodec(recording, inputs)
     denoiser = recording.denoiser
     denoiser.guidance, denoiser.autocast, denoiser.taps = guidance, autocast, taps or denoiser.taps
-    single = [recording.encode(inputs([prompt]), 1, guidance)
-              for prompt in tqdm(prompts, desc="encode prompts", unit="prompt", disable=len(prompts) < 20, file=sys.stderr)]
-    if guidance != 1 and single[0].nulls is None and not recording.wiring.embeds:
-        raise ValueError(f"guidance {guidance} was asked for, and {type(pipeline).__name__} does not guide: set guidance to 1")
-    bank = Conditioning.stack([cond.to("cpu") for cond in single]) if all(single[0].joins(cond) for cond in single) else None
+    bank: Bank | None
+    if kept is not None:
+        bank, first = kept.bank, kept.bank.slice(torch.tensor([0]))
+    else:
+        single = [recording.encode(inputs([prompt]), 1, guidance)
+                  for prompt in tqdm(prompts, desc="encode prompts", unit="prompt", disable=len(prompts) < 20, file=sys.stderr)]
+        first = single[0]
+        bank = Conditioning.stack([cond.to("cpu") for cond in single]) if all(first.joins(cond) for cond in single) else None
+    if guidance != 1 and first.nulls is None and not recording.wiring.embeds:
+        name = type(recording.driven.pipeline).__name__
+        raise ValueError(f"guidance {guidance} was asked for, and {name} does not guide: set guidance to 1")
     scheduler = {"_class_name": type(recording.driven.scheduler).__name__, **recording.driven.scheduler.config}
-    return PromptTeacher(denoiser, recording.shape, len(prompts), None, PipelineCodec(recording, inputs), folder, scheduler, notes,
+    return PromptTeacher(denoiser, recording.shape, len(prompts), None, codec, folder, scheduler, notes,
                          recording=recording, inputs=inputs, prompts=tuple(prompts), bank=bank)

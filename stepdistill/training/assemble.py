@@ -11,8 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from stepdistill.data.prompts import read_captions, read_prompts
-from stepdistill.data.streams import Source, source
+from stepdistill.data.cache import Cache, Wanted
+from stepdistill.data.pictures import Picture, read_pictures
+from stepdistill.data.prompts import read_prompts
+from stepdistill.data.streams import Source, captioned_source, source, wants_pictures
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods import find
 from stepdistill.methods.base import Batch, Method, Setup, Stage, Stream, Update
@@ -128,15 +130,23 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     if recipe.batch_size % (processes * recipe.accumulate):
         raise ValueError(f"batch_size {recipe.batch_size} cannot be divided over {processes} processes x accumulate {recipe.accumulate}")
     cls, config = find(recipe.method["name"]), recipe.method_config
-    dtype = torch.float64 if recipe.precision == "fp64" else getattr(torch, recipe.teacher.dtype)
-    teacher = load_teacher(recipe.teacher.path, device=accelerator.device, autocast=AUTOCAST[recipe.precision], dtype=dtype,
-                           guidance=recipe.guidance, taps=recipe.student.taps,
-                           prompts=prompts_of(recipe), call=recipe.teacher.call)
+    prompts, pictures = texts_of(recipe)
+    cache = cache_of(recipe, prompts, pictures) if recipe.data.cache else None
+    if cache and processes > 1 and not cache.complete:
+        raise ValueError(f"data.cache {cache.folder} is not complete: fill it in one process first, with stepdistill cache")
+    if cache:
+        cache.fill(accelerator.device)
+    teacher = load_teacher(recipe.teacher.path, device=accelerator.device, autocast=AUTOCAST[recipe.precision], dtype=dtype_of(recipe),
+                           guidance=recipe.guidance, taps=recipe.student.taps, prompts=(*prompts, *(p.caption for p in pictures)),
+                           call=recipe.teacher.call, kept=cache.kept() if cache else None)
     torch.manual_seed(recipe.seed)
     method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.sampler))
     method.sampler()                                                            # a wrong grid speaks up before anything is built
     needs, streams = cls.needs(config), cls.data(config)
-    data = source(teacher, streams, _world(recipe.teacher.path), recipe.data.folder)
+    if is_prompted(Path(recipe.teacher.path)):
+        data = Source(teacher, cache.states(), len(prompts)) if cache else captioned_source(teacher, len(prompts), pictures)
+    else:
+        data = source(teacher, streams, _world(recipe.teacher.path), recipe.data.folder)
     roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed, recipe.lora)
     for network in {id(d.network): d.network for d in roles.denoisers.values()}.values():
         if recipe.gradient_checkpointing:
@@ -161,13 +171,34 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     return Run(recipe, accelerator, teacher, method, roles, data, streams, stages, optim, ema)
 
 
-def prompts_of(recipe: Recipe) -> tuple[str, ...]:
-    """The prompts that a recipe names, or the captions of its pictures where the teacher takes prompts."""
-    if recipe.data.prompts:
-        return read_prompts(recipe.data.prompts)
-    if recipe.data.folder and is_prompted(Path(recipe.teacher.path)):
-        return tuple(caption for _, caption in read_captions(recipe.data.folder))
-    return ()
+def texts_of(recipe: Recipe) -> tuple[tuple[str, ...], tuple[Picture, ...]]:
+    """(the prompts of a recipe, the captioned pictures that its method reads), where the teacher takes prompts.
+
+    Without a file of prompts the captions take their place, whether the method reads their pictures or not.
+    """
+    prompts, folder = recipe.data.prompts, recipe.data.folder
+    texts = read_prompts(prompts) if prompts else ()
+    if not is_prompted(Path(recipe.teacher.path)):
+        return texts, ()
+    reads = wants_pictures(find(recipe.method["name"]).data(recipe.method_config), folder is not None)
+    if folder is None or (prompts and not reads):
+        return texts, ()
+    pictures = read_pictures(folder)
+    return (texts, pictures) if reads else (tuple(p.caption for p in pictures), ())
+
+
+def cache_of(recipe: Recipe, prompts: Sequence[str], pictures: Sequence[Picture]) -> Cache:
+    """The cache that a recipe names, of these texts and pictures. ValueError where it names none, or one made of something else."""
+    if recipe.data.cache is None:
+        raise ValueError("name a folder for the cache with data.cache")
+    texts = (*prompts, *(picture.caption for picture in pictures))
+    return Cache(recipe.data.cache, Wanted(Path(recipe.teacher.path), recipe.teacher.call, dtype_of(recipe), recipe.guidance, texts,
+                                           tuple(pictures), recipe.data.folder))
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """What the frozen weights are stored in."""
+    return torch.float64 if recipe.precision == "fp64" else getattr(torch, recipe.teacher.dtype)
 
 
 def _world(path: str) -> str | None:
