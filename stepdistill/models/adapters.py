@@ -57,8 +57,8 @@ def inject(network: nn.Module, name: str, recipe: LoraRecipe, seed: int) -> None
 
 def target_names(network: nn.Module, targets: Sequence[str]) -> list[str]:
     """The layers an adapter goes to, by full name."""
-    layers = [name.replace(".base_layer", "") for name, module in network.named_modules()
-              if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name]
+    layers = [name.replace(".base_layer", "") for name, module in network.named_modules() if ".lora_" not in name
+              and isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, "groups", 1) == 1]     # groups would split the rank
     if not targets:
         return [name for name in layers if "block" in name.split(".")[0] or name.split(".")[0] == "layers"] or layers
     for target in targets:

@@ -201,6 +201,11 @@ def test_where_adapters_go():
     assert {name.split(".")[-1] for name in target_names(unet(), ("to_q", "to_v"))} == {"to_q", "to_v"}
 
 
+def test_grouped_convolutions_are_left_alone():
+    network = torch.nn.ModuleDict({"block": torch.nn.ModuleList([torch.nn.Conv2d(4, 4, 3, groups=4), torch.nn.Conv2d(4, 4, 1)])})
+    assert target_names(network, ()) == ["block.1"]
+
+
 @pytest.mark.parametrize(("targets", "message"), [(("to_qq",), "did you mean 'to_q'"), (("zzzzzz",), "there are")])
 def test_targets_that_match_nothing(targets, message):
     with pytest.raises(ValueError, match=message):
