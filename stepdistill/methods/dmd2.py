@@ -9,7 +9,7 @@ One step is n = 1 of 1. Without the GAN term nothing but conditions is read.
 
 Differs from the authors' code: s is continuous; the student's GAN term is read at the x_s of its matching term, so one pass of the
 fake score serves both; the critic sees [x_s of the student; real x_r] in one pass that denoises the first half and judges both;
-conversions are float32 rather than float64.
+conversions are float32 rather than float64. `sds_share` is an addition of ours, off by default.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.process import like
 from stepdistill.diffusion.sampler import SamplerSpec, start, steps
 from stepdistill.diffusion.times import Uniform, shift
 from stepdistill.losses.adversarial import discriminator_loss, generator_loss
@@ -39,6 +40,8 @@ class DMD2Config:
     gan_weight: float = 1e-3                        # of the student's GAN term; 0 builds no discriminator and reads no pictures
     disc_weight: float = 1e-2                       # of the discriminator's loss beside the fake score's
     features: Literal["fake", "teacher"] = "fake"   # whose features the discriminator reads; "fake" also trains its encoder
+    sds_share: float = 0.0                          # ours: of x0 itself in the fake score's place, where s < sds_below; see `away_from`
+    sds_below: float = 0.1
     times: Uniform = Uniform(0.02, 0.98)            # s of the student's update
     fake_times: Uniform = Uniform(0.001, 1.0)       # s of the critic's update: must hold the range above
 
@@ -47,6 +50,8 @@ class DMD2Config:
             raise ValueError(f"method.fake_updates must be at least 1, got {self.fake_updates}")
         if self.gan_weight < 0 or self.disc_weight < 0:
             raise ValueError("method.gan_weight and method.disc_weight cannot be negative")
+        if not (0 <= self.sds_share <= 1 and 0 <= self.sds_below <= 1):
+            raise ValueError("method.sds_share and method.sds_below must lie in [0, 1]")
         (low, high), (fake_low, fake_high) = (
             shift(torch.tensor((u.low, u.high), dtype=torch.float64), u.shift).tolist() for u in (self.times, self.fake_times))
         if fake_low > low or fake_high < high:
@@ -94,12 +99,21 @@ class DMD2(Method[DMD2Config]):
             real = m.teacher(x_s, s, cond, tap=judge == "teacher")
         with torch.set_grad_enabled(judge == "fake"):
             fake = m.fake(x_s, s, cond, tap=judge == "fake")
-        pull = matching_loss(x0, toward=real.x0.detach(), away_from=fake.x0.detach())
+        pull = matching_loss(x0, toward=real.x0.detach(), away_from=self.away_from(fake.x0.detach(), x0.detach(), s))
         log = {"pull": pull, "score_gap": (fake.x0 - real.x0).detach().square().mean().sqrt(), "x0_std": x0.detach().std()}
         if judge is None:
             return Loss(pull, log)
         fool = generator_loss(m.disc((real if judge == "teacher" else fake).features))
         return Loss(pull + cfg.gan_weight * fool, {**log, "fool": fool})
+
+    def away_from(self, fake: Tensor, x0: Tensor, s: Tensor) -> Tensor:
+        """The fake score's x0, at small s with a share of the student's own: 1 is score distillation sampling (DreamFusion, eq. 3).
+
+        Not of the paper. SDS pulls x0 towards what the teacher expects, so what noise of size sigma(s) hides becomes as smooth as the
+        teacher can foresee. That takes the grain from pixel-space students of one step, and some of the true texture with it.
+        """
+        share = self.cfg.sds_share * (s < self.cfg.sds_below).to(fake)
+        return fake + like(share, fake) * (x0.to(fake) - fake)
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cond, cfg = batch["main"].cond, self.cfg

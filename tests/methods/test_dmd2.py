@@ -90,6 +90,42 @@ def test_gradient_is_the_score_difference():
     torch.testing.assert_close(weights.grad, torch.stack([g.sum(), (g * z).sum()]))
 
 
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_a_share_of_sds_puts_x0_in_the_fake_scores_place_at_small_times(share):
+    method = dmd2(process=Flow(), shape=(3,), gan_weight=0, sds_share=share, sds_below=0.4)
+    m, weights = oracles(method)
+    keyed, batch = draws(), Batch({"main": Sample(Conditioning())})
+    method.student_loss(m, batch, keyed).value.backward()
+    z, s = keyed.each("start").normal(3), Uniform(0.02, 0.98).sample(keyed.each("s"))
+    assert 0 < int((s < 0.4).sum()) < COUNT
+    x0 = 0.2 + 0.9 * z.double()
+    x_s = Flow().add_noise(x0, keyed.each("eps").normal_like(x0), s)
+    real, fake = m.teacher(x_s, s).x0, m.fake(x_s, s).x0
+    away = torch.where((s < 0.4)[:, None], (1 - share) * fake + share * x0, fake)
+    g = like(dmd_scale(x0, real), x0) * (away - real) / x0.numel()
+    torch.testing.assert_close(weights.grad, torch.stack([g.sum(), (g * z).sum()]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
+def test_a_share_of_sds_narrows_the_student_by_what_it_should(share):
+    """On N(1.3, .6²) at one s the expected gradient vanishes where k(u) = (k(v) - share)/(1 - share), k(v) = a²v/(a²v + s²)."""
+    s = 0.3
+    cfg = DMD2Config(gan_weight=0, sds_share=share, sds_below=1.0, times=Uniform(s, s))
+    method = DMD2(cfg, Setup(Flow(), (512,), SamplerSpec(trailing(1))))         # so wide that the normaliser is nearly constant
+    m, weights = oracles(method, (0.9, 0.8))
+    optimizer = torch.optim.Adam([weights], 0.05, betas=(0.0, 0.9))
+    for step in range(200):
+        m.fake = GaussianTeacher(Flow(), "flow", weights[0].detach().clone(), weights[1].detach().clone())
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 200)
+        method.student_loss(m, Batch({"main": Sample(Conditioning())}), Draws(0, range(32), step)).value.backward()
+        optimizer.step()
+    a2, kept = (1 - s) ** 2, (1 - s) ** 2 * 0.36 / ((1 - s) ** 2 * 0.36 + s**2)
+    narrowed = (kept - share) / (1 - share)
+    std = (narrowed * s**2 / (a2 * (1 - narrowed))) ** 0.5
+    assert weights.tolist() == pytest.approx([1.3, std], rel=0.02)
+
+
 @pytest.mark.parametrize("process", [Flow(), Flow(3.0), Trig(), TABLE], ids=["flow", "shifted", "trig", "table"])
 def test_student_descends_towards_the_teacher(process):
     """T4 in small: an affine student with its exact fake score reaches the teacher's mean and std."""
