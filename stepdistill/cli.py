@@ -102,25 +102,72 @@ def _dry_run(chosen: Any, as_json: bool) -> None:
 
 
 @app.command()
+def cache(overrides: Overrides = None, config: Config = None, device: Device = None, as_json: Json = False) -> None:
+    """Encode the prompts and pictures of a recipe once, into its data.cache; training then loads no encoders.
+
+    What Ctrl-C or a crash interrupts goes on the next time; `train` fills what is missing, too.
+    """
+    from stepdistill import recipe
+    from stepdistill.training.assemble import cache_of, texts_of
+
+    if config is None:
+        raise ValueError(f"name a recipe with --config ({', '.join(recipe.names())}, or a YAML file)")
+    chosen = recipe.load(config, overrides or [])
+    done = cache_of(chosen, *texts_of(chosen)).fill(pick_device(device))
+    whole = f"\ntraining loads the encoders all the same: {done.whole}" if done.whole else ""
+    show(done.to_dict(), as_json, f"{done.conditions} conditions and {done.latents} latents in {done.folder}: {done.encoded} encoded now, "
+                                  f"{done.shards} shards, {done.bytes / 2**20:.1f} MiB{whole}")
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    config: Config = None,
+    network: Annotated[str | None, typer.Option(help="for a teacher not here: sd15, sdxl, sd35-medium, flux-dev or a JSON file")] = None,
+    gpu: Annotated[str | None, typer.Option(help="a card's memory, 24GB: does it fit, and what would make it fit")] = None,
+    as_json: Json = False,
+) -> None:
+    """Count a recipe's bytes on a GPU without weights and without one: per role, at the peak, and against a card.
+
+    Minutes for a network of billions, since its operations are gone through one by one. Exit code 0 whether it fits or not.
+    """
+    from stepdistill import recipe
+    from stepdistill.models import networks
+    from stepdistill.training import plan as planning
+
+    if config is None:
+        raise ValueError(f"name a recipe with --config ({', '.join(recipe.names())}, or a YAML file)")
+    card = None if gpu is None else planning.bytes_of_card(gpu)
+    found = planning.plan(recipe.load(config, overrides or []), None if network is None else networks.find(network), card)
+    show(found.to_dict(), as_json, planning.shown(found))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     to: Annotated[Path, typer.Option(help="a new folder for the pipeline")],
     raw: Annotated[bool, typer.Option(help="the last weights instead of their moving average")] = False,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="a fully trained pipeline as an adapter of this rank, too")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a trained student as a diffusers folder that loads without stepdistill."""
     from stepdistill.export import export as write
+    from stepdistill.models.load import is_prompted
 
-    done = write(run, to, weights="raw" if raw else "ema")
-    hint = f"next: stepdistill sample {done.folder} --to pictures --count 40"
-    show(done.to_dict(), as_json, f"student of step {done.step} in {done.folder}\n{hint}")
+    done = write(run, to, weights="raw" if raw else "ema", lora_rank=lora_rank)
+    lines = [f"student of step {done.step} in {done.folder}"]
+    if done.fit:
+        lines.append(f"adapter of rank {done.fit.rank}: relative error {done.fit.error:.3g} over {done.fit.layers} layers, "
+                     f"{done.fit.worst_error:.3g} in {done.fit.worst}; {done.fit.beyond:.3g} of the squared change is beyond any adapter")
+    asked = '--prompt "a red apple" --count 4' if is_prompted(Path(done.folder)) else "--count 40"
+    show(done.to_dict(), as_json, "\n".join([*lines, f"next: stepdistill sample {done.folder} --to pictures {asked}"]))
 
 
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(metavar="DIR", help="an exported folder, or teacher:fashion")],
     to: Annotated[Path, typer.Option(help="a new folder for 000000.png ... and grid.png")],
-    count: Annotated[int, typer.Option(min=1)] = 40,
+    count: Annotated[int | None, typer.Option(min=1, help="default: 40, or one for each of --prompts")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="network calls per picture; default: the model's own")] = None,
     guidance: Annotated[float | None, typer.Option(help="w in null + w·(cond - null); default: the model's own")] = None,
@@ -128,23 +175,33 @@ def sample(
     solver: Solver = None,
     renoise: Renoise = None,
     shift: Shift = None,
-    prompt: Annotated[str | None, typer.Option(help="for text-conditional models")] = None,
+    prompt: Annotated[str | None, typer.Option(help="for a pipeline with prompts")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="a file of them, as data.prompts; they take turns")] = None,
     batch_size: Batch = 100,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Make pictures. Picture i depends on the seed and on i alone."""
+    """Make pictures. Picture i depends on the seed and on i alone; of a pipeline with prompts, prompts.txt names its prompt in line i."""
+    from stepdistill.data.prompts import read_prompts
     from stepdistill.eval.generate import balanced, generate
     from stepdistill.eval.models import open_model
     from stepdistill.images import grid, save_png, to_image
 
     _fresh(to)
-    opened = open_model(model, steps, guidance, solver=solver, renoise=renoise, shift=shift, device=pick_device(device))
-    if prompt is not None:
-        raise ValueError(f"{model} is class-conditional: name a class with --label ({', '.join(opened.teacher.labels[:3])}, ...)")
+    if prompt is not None and prompts is not None:
+        raise ValueError("give --prompt or --prompts, not both")
+    texts = read_prompts(prompts) if prompts else () if prompt is None else (prompt,)
+    opened = open_model(model, steps, guidance, solver=solver, renoise=renoise, shift=shift, device=pick_device(device), prompts=texts)
+    if texts and label is not None:
+        raise ValueError(f"{model} has prompts and no classes: leave --label out")
+    if not opened.is_teacher and steps not in (None, opened.trained):
+        print(f"stepdistill: {model} was made for {opened.trained} steps and is run with {steps} equal ones", file=sys.stderr)
+    count = count or (len(texts) if prompts else 40)
     choose = balanced(opened.teacher.classes) if label is None else (lambda i, n=opened.class_number(label): n)
-    made = generate(opened.teacher, opened.spec, count, seed, batch_size=batch_size, label=choose)
+    made = generate(opened.teacher, opened.spec, count, seed, batch_size=min(batch_size, opened.most_at_once), label=choose)
     to.mkdir(parents=True, exist_ok=True)
+    if texts:
+        (to / "prompts.txt").write_text("".join(f"{' '.join(texts[i % len(texts)].split())}\n" for i in range(count)))
     for i, picture in enumerate(made.images):
         save_png(to_image(picture), to / f"{i:06d}.png")
     save_png(grid(made.images[:100], columns=min(10, count)), to / "grid.png")
