@@ -31,6 +31,7 @@ class TeacherRecipe:
     path: str
     dtype: Literal["float32", "bfloat16"] = "float32"    # of the frozen weights
     call: Mapping[str, Any] = field(default_factory=dict)  # keywords of a pipeline with prompts: height, width, negative_prompt
+    loras: Mapping[str, float] = field(default_factory=dict)  # LoRA files merged into it first, with their scales: {style.safetensors: 0.8}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class StudentRecipe:
     steps: int = 1                                       # network calls per sample
     times: tuple[float, ...] | None = None               # the calls' times, 1 = pure noise; default: equal steps from 1
     clip_x0: float | None = None                         # bound of each call's x0, in training too: 1 for pixels, none for latents
+    weights: Path | None = None                          # a published few-step model (diffusers folder) or LoRA file that it begins as
     taps: tuple[str, ...] = ()                           # modules whose outputs a discriminator reads; default: by structure
 
     def __post_init__(self) -> None:
@@ -164,11 +166,13 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
     if missing := [n for n in trained if n not in recipe.optim]:
         raise ValueError(f"optim.{missing[0]} is missing: {recipe.method['name']} trains {', '.join(trained)}; give it an lr")
     optim = {n: recipe.optim[n] for n in trained}            # method.gan_weight=0 needs no edit of a recipe that names the discriminator
-    teacher = recipe.teacher if worlds.teacher_folder(recipe.teacher.path) else dataclasses.replace(
-        recipe.teacher, path=str(Path(recipe.teacher.path).expanduser().absolute()))
+    given = recipe.teacher
+    loras = {str(_absolute(Path(path))): scale for path, scale in given.loras.items()}
+    teacher = given if worlds.teacher_folder(given.path) else dataclasses.replace(given, path=str(_absolute(Path(given.path))), loras=loras)
+    student = dataclasses.replace(recipe.student, weights=_absolute(recipe.student.weights))
     folder, prompts, cache, start = map(_absolute, (recipe.data.folder, recipe.data.prompts, recipe.data.cache, recipe.start))
     data = DataRecipe(folder, prompts, cache)
-    return dataclasses.replace(recipe, method=_resolved(recipe), optim=optim, teacher=teacher, data=data, start=start)
+    return dataclasses.replace(recipe, method=_resolved(recipe), optim=optim, teacher=teacher, student=student, data=data, start=start)
 
 
 def _absolute(path: Path | None) -> Path | None:

@@ -63,7 +63,7 @@ def test_an_unknown_key_is_named_with_the_nearest_one(key: str, named: str, near
 
 
 def test_an_unknown_key_near_none_lists_what_is_known() -> None:
-    assert refusal(tree(student__zzz=1)) == "unknown recipe key 'student.zzz'; known here: steps, times, clip_x0, taps"
+    assert refusal(tree(student__zzz=1)) == "unknown recipe key 'student.zzz'; known here: steps, times, clip_x0, weights, taps"
     assert "unknown recipe key '7'" in refusal({**tree(), 7: 1})
 
 

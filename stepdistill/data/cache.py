@@ -59,6 +59,7 @@ class Wanted:
     texts: tuple[str, ...]
     pictures: tuple[Picture, ...] = ()
     source: Path | None = None
+    loras: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,7 @@ class Cache:
                     self._files[name] = files_digest(folder / name, "*.json" if name in (network, "scheduler") else "*")
                 parts[name] = self._files[name]
         parts |= {"call": digest(wanted.call), "dtype": digest(str(wanted.dtype)), "prompts": digest(wanted.texts)}
+        parts["loras"] = digest([(scale, file_digest(Path(path))) for path, scale in wanted.loras.items()])
         if baked:
             parts["guidance"] = digest(wanted.guidance)
         if wanted.pictures and wanted.source is not None:
@@ -282,7 +284,7 @@ class Cache:
 
     def _encode(self, device: torch.device | str) -> int:
         wanted = self.wanted
-        recording, inputs = open_pipeline(wanted.pipeline, wanted.call, device=device, dtype=wanted.dtype)
+        recording, inputs = open_pipeline(wanted.pipeline, wanted.call, device=device, dtype=wanted.dtype, loras=wanted.loras)
         codec = PipelineCodec(recording, inputs)
         baked = recording.keyword is not None and recording.offset is None and not recording.wiring.embeds
         index = read_json(self.folder / INDEX) if (self.folder / INDEX).is_file() else {"beside": [], "parts": {}}
@@ -418,11 +420,13 @@ def files_digest(folder: Path, pattern: str) -> str | None:
     """BLAKE2b of the names and contents of the matching files below a folder; None where there is no such folder."""
     if not folder.is_dir():
         return None
-    found = {}
-    for path in sorted(p for p in folder.rglob(pattern) if p.is_file()):
-        with path.open("rb") as file:
-            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()
-    return digest(found)
+    return digest({str(path.relative_to(folder)): file_digest(path) for path in sorted(p for p in folder.rglob(pattern) if p.is_file())})
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def sizes(path: Path) -> dict[str, int]:

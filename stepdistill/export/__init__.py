@@ -129,7 +129,7 @@ def _export_pipeline(run: Path, to: Path, tensors: Mapping[str, Tensor], state: 
                      dtype: torch.dtype, ema: bool, rank: int | None) -> Exported:
     """The teacher's own pipeline with the student's weights and a scheduler that runs them."""
     source = Path(recipe.teacher.path)
-    pipeline = load_pipeline(source)
+    pipeline = load_pipeline(source, loras=recipe.teacher.loras)
     prefix = "ema/" if ema else "role/student/"
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     adapter, fit, factors = recipe.lora.get("student"), None, None

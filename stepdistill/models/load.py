@@ -26,6 +26,7 @@ from torch.nn import functional
 from stepdistill.diffusion.process import Flow, NoiseProcess, TableVP
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser, default_taps, keep_output_float32
+from stepdistill.models.weights import fuse
 
 if TYPE_CHECKING:
     from stepdistill.models.kept import Kept
@@ -101,6 +102,11 @@ class Teacher:
     def call(self) -> dict[str, Any]:
         """What a student's own pipeline must be called with besides its steps; guidance, where that pipeline would guide by default."""
         return {}
+
+    @property
+    def component(self) -> str:
+        """The network's name in its folder."""
+        return next((name for name in ("unet", "transformer") if (self.folder / name).is_dir()), "unet")
 
     @property
     def device(self) -> torch.device:
@@ -228,10 +234,10 @@ def is_prompted(folder: Path) -> bool:
 
 
 def load_pipeline(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                  trust_remote_code: bool = False, only: Sequence[str] | None = None) -> Any:
+                  trust_remote_code: bool = False, only: Sequence[str] | None = None, loras: Mapping[str, float] | None = None) -> Any:
     """A diffusers pipeline from a folder, safetensors only; of its components `only` these where they are named, None for the others.
 
-    FileNotFoundError or ValueError naming what is missing.
+    `loras` (file to scale) are merged into it in float32. FileNotFoundError or ValueError naming what is missing.
     """
     folder = Path(path).expanduser()
     if not (folder / "model_index.json").is_file():
@@ -243,22 +249,27 @@ def load_pipeline(path: str | Path, *, device: torch.device | str = "cpu", dtype
         if name not in left_out and not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder} lacks its component {name!r}: model_index.json names {entry[1]}, and there is no {name}/")
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype,
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True,
+                                                               torch_dtype=torch.float32 if loras else dtype,
                                                                trust_remote_code=trust_remote_code, **left_out)
     except Exception as error:
         raise ValueError(f"{folder} cannot be loaded as a diffusers pipeline: {' '.join(str(error).split())[:300]}") from error
     pipeline.set_progress_bar_config(disable=True)
+    if loras:
+        fuse(pipeline, loras)
+        pipeline.to(dtype)
     return pipeline.to(device)
 
 
 def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None,
                  dtype: torch.dtype = torch.float32, guidance: float = 1.0, taps: tuple[str, ...] = (),
-                 prompts: Sequence[str] = (), call: Mapping[str, Any] | None = None, kept: Kept | None = None) -> Teacher:
+                 prompts: Sequence[str] = (), call: Mapping[str, Any] | None = None, kept: Kept | None = None,
+                 loras: Mapping[str, float] | None = None) -> Teacher:
     """Load a teacher (or an exported student) from the name of a shipped world or from a diffusers folder.
 
     The folder is a pipeline (`model_index.json` with unet/ or transformer/, scheduler/, perhaps vae/) or a bare network beside its
     `scheduler_config.json`. `dtype` is what frozen weights are stored in. A pipeline whose network is none of NETWORKS is recorded, and
-    reads `prompts`; `call` are further keywords for it, and `kept` is what a cache holds of it.
+    reads `prompts`; `call` are further keywords for it, `loras` files to merge into it, and `kept` is what a cache holds of it.
     """
     from stepdistill import worlds
 
@@ -270,9 +281,9 @@ def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autoca
         from stepdistill.models.prompted import load_prompted
 
         return load_prompted(folder, prompts, call or {}, device=device, autocast=autocast, dtype=dtype, guidance=guidance, taps=taps,
-                             notes=notes, kept=kept)
-    if prompts or call:
-        raise ValueError(f"{path} takes no prompts: leave data.prompts and teacher.call out of the recipe")
+                             notes=notes, kept=kept, loras=loras)
+    if prompts or call or loras:
+        raise ValueError(f"{path} takes no prompts: leave data.prompts, teacher.call and teacher.loras out of the recipe")
     inner = next((folder / n for n in ("unet", "transformer") if (folder / n).is_dir()), folder)
     places = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
     scheduler_file = next((p for p in places if p.is_file()), None)

@@ -108,6 +108,10 @@ class PromptTeacher(Teacher):
         return self.prompts
 
     @property
+    def component(self) -> str:
+        return self.recording.component
+
+    @property
     def call(self) -> dict[str, Any]:
         """Guidance off, in the pipeline's own number; or on as the student was told, where the network embeds it."""
         recording = self.recording
@@ -124,9 +128,9 @@ class PromptTeacher(Teacher):
 
 
 def open_pipeline(folder: Path, call: Mapping[str, Any], *, device: torch.device | str, dtype: torch.dtype,
-                  trust_remote_code: bool = False) -> tuple[Recording, Inputs]:
+                  trust_remote_code: bool = False, loras: Mapping[str, float] | None = None) -> tuple[Recording, Inputs]:
     """Load a whole pipeline and record it. `call` are keywords of the pipeline: height, width, negative_prompt."""
-    pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code))
+    pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, loras=loras))
     inputs = usual_inputs(pipeline, **call)
     return record(pipeline, inputs), inputs
 
@@ -138,17 +142,18 @@ def _still(pipeline: Any) -> Any:
     return pipeline
 
 
-def _reopened(folder: Path, call: Mapping[str, Any], learnt: Learnt, device: torch.device | str,
-              dtype: torch.dtype) -> tuple[Recording, Inputs, Codec]:
+def _reopened(folder: Path, call: Mapping[str, Any], learnt: Learnt, device: torch.device | str, dtype: torch.dtype,
+              loras: Mapping[str, float] | None) -> tuple[Recording, Inputs, Codec]:
     only = (learnt.facts["component"], "scheduler", "vae")
-    pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, only=only))
+    pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, only=only, loras=loras))
     recording = learnt.restored(pipeline)
     return recording, usual_inputs(pipeline, **call), LawCodec(learnt.law(pipeline), recording.shape, type(pipeline).__name__)
 
 
 def load_prompted(folder: Path, prompts: Sequence[str], call: Mapping[str, Any], *, device: torch.device | str,
                   autocast: torch.dtype | None, dtype: torch.dtype, guidance: float, taps: tuple[str, ...], notes: Mapping[str, Any],
-                  trust_remote_code: bool = False, kept: Kept | None = None) -> PromptTeacher:
+                  trust_remote_code: bool = False, kept: Kept | None = None,
+                  loras: Mapping[str, float] | None = None) -> PromptTeacher:
     """Record the pipeline in a folder and encode the prompts, or take what a cache has kept of that and load no encoders.
 
     `call` are keywords of the pipeline: height, width, negative_prompt. Raises ValueError where there are no prompts, or guidance was
@@ -158,9 +163,9 @@ def load_prompted(folder: Path, prompts: Sequence[str], call: Mapping[str, Any],
         raise ValueError(f"{folder} is a pipeline that takes prompts: name a file of them, one per line, with data.prompts")
     codec: Codec
     if kept is not None and kept.learnt is not None:
-        recording, inputs, codec = _reopened(folder, call, kept.learnt, device, dtype)
+        recording, inputs, codec = _reopened(folder, call, kept.learnt, device, dtype, loras)
     else:
-        recording, inputs = open_pipeline(folder, call, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        recording, inputs = open_pipeline(folder, call, device=device, dtype=dtype, trust_remote_code=trust_remote_code, loras=loras)
         codec = PipelineCodec(recording, inputs)
     denoiser = recording.denoiser
     denoiser.guidance, denoiser.autocast, denoiser.taps = guidance, autocast, taps or denoiser.taps

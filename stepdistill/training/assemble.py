@@ -22,6 +22,7 @@ from stepdistill.models.adapters import checkpoint_activations
 from stepdistill.models.attention import switch
 from stepdistill.models.load import Teacher, is_prompted, load_teacher
 from stepdistill.models.roles import Roles
+from stepdistill.models.weights import begin_as
 from stepdistill.recipe import Recipe
 from stepdistill.training.ema import Ema
 from stepdistill.training.optim import Optimizers
@@ -138,7 +139,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
         cache.fill(accelerator.device)
     teacher = load_teacher(recipe.teacher.path, device=accelerator.device, autocast=AUTOCAST[recipe.precision], dtype=dtype_of(recipe),
                            guidance=recipe.guidance, taps=recipe.student.taps, prompts=(*prompts, *(p.caption for p in pictures)),
-                           call=recipe.teacher.call, kept=cache.kept() if cache else None)
+                           call=recipe.teacher.call, kept=cache.kept() if cache else None, loras=recipe.teacher.loras)
     torch.manual_seed(recipe.seed)
     method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.sampler))
     method.sampler()                                                            # a wrong grid speaks up before anything is built
@@ -148,6 +149,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     else:
         data = source(teacher, streams, _world(recipe.teacher.path), recipe.data.folder)
     roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed, recipe.lora)
+    if recipe.student.weights:
+        begin_as(roles.denoisers["student"], recipe.student.weights, teacher.component)
     for network in {id(d.network): d.network for d in roles.denoisers.values()}.values():
         if recipe.gradient_checkpointing:
             checkpoint_activations(network)
@@ -193,7 +196,7 @@ def cache_of(recipe: Recipe, prompts: Sequence[str], pictures: Sequence[Picture]
         raise ValueError("name a folder for the cache with data.cache")
     texts = (*prompts, *(picture.caption for picture in pictures))
     return Cache(recipe.data.cache, Wanted(Path(recipe.teacher.path), recipe.teacher.call, dtype_of(recipe), recipe.guidance, texts,
-                                           tuple(pictures), recipe.data.folder))
+                                           tuple(pictures), recipe.data.folder, recipe.teacher.loras))
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
