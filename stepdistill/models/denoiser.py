@@ -87,8 +87,8 @@ class Denoiser:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored in."""
-        return next(self.network.parameters()).dtype
+        """What the weights are stored in, without those of adapters and those that a quantiser has packed into whole numbers."""
+        return next(p.dtype for name, p in self.network.named_parameters() if p.is_floating_point() and ".lora_" not in name)
 
     def copy(self) -> Denoiser:
         """Another role with a deep copy of the weights, unguided and without the distributed wrapper."""
@@ -173,23 +173,20 @@ def keep_output_float32(network: nn.Module) -> nn.Module:
     Does nothing where no last layer is recognised or its weights are stored in half precision.
     """
     for name in ("conv_out", "proj_out_2", "proj_out"):
-        if isinstance(last := getattr(network, name, None), nn.Conv2d | nn.Linear):
-            last.register_forward_pre_hook(_leave_autocast)
-            last.register_forward_hook(_return_to_autocast, always_call=True)
-            break
+        for plain, careful in ((nn.Conv2d, _Conv2d), (nn.Linear, _Linear)):
+            if type(last := getattr(network, name, None)) is plain:
+                last.__class__ = careful                                 # not a hook: torch.compile cannot trace one that leaves autocast
+                return network
     return network
 
 
-_OPEN: list[torch.autocast] = []                                         # the last layer holds no other, so one stack serves
+class _Conv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
-def _leave_autocast(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    weight: Tensor = module.weight                                       # type: ignore[assignment]
-    _OPEN.append(torch.autocast(weight.device.type, enabled=False))
-    _OPEN[-1].__enter__()
-    return tuple(a.to(weight.dtype) for a in args)
-
-
-def _return_to_autocast(module: nn.Module, args: Any, out: Any) -> None:
-    if _OPEN:
-        _OPEN.pop().__exit__(None, None, None)
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))

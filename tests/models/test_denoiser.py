@@ -122,9 +122,9 @@ def test_last_layer_runs_in_float32(make):
         with torch.no_grad():
             net(x, t, cond)
     given, out = seen[0]
-    assert given.dtype == out.dtype == torch.float32
+    assert out.dtype == torch.float32
     call = nn.functional.conv2d if isinstance(last, nn.Conv2d) else nn.functional.linear
-    expected = call(given, last.weight, last.bias, **({"padding": 1} if isinstance(last, nn.Conv2d) else {}))
+    expected = call(given.float(), last.weight, last.bias, **({"padding": 1} if isinstance(last, nn.Conv2d) else {}))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     assert not torch.equal(out, out.bfloat16().float())
 
@@ -190,7 +190,7 @@ def test_copies_stand_alone(make):
                                    net(*problem(net)).raw, rtol=0, atol=0)
     for network in (twin.network, again):
         last = network.conv_out if isinstance(network, UNet2DModel) else network.proj_out_2
-        assert len(last._forward_pre_hooks) == len(last._forward_hooks) == 1
+        assert type(last) not in (nn.Conv2d, nn.Linear)
 
 
 def test_half_precision_storage_of_the_last_layer():
