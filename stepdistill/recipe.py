@@ -22,6 +22,7 @@ from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.times import trailing
 from stepdistill.methods import find
 from stepdistill.models.adapters import LoraRecipe
+from stepdistill.models.quantize import QuantizeRecipe
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TeacherRecipe:
     dtype: Literal["float32", "bfloat16"] = "float32"    # of the frozen weights
     call: Mapping[str, Any] = field(default_factory=dict)  # keywords of a pipeline with prompts: height, width, negative_prompt
     loras: Mapping[str, float] = field(default_factory=dict)  # LoRA files merged into it first, with their scales: {style.safetensors: 0.8}
+    quantize: QuantizeRecipe | None = None               # of the frozen base, where every copy of a pipeline's network is an adapter on it
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Recipe:
     weights: Literal["float32", "bfloat16"] = "float32"  # what trained weights are stored in
     attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"  # auto leaves the choice to torch and diffusers
     gradient_checkpointing: bool = False                 # recompute activations in the backward pass: less memory, a third slower
+    channels_last: bool = False                          # convolution weights as tensor cores like them: faster U-Nets on a GPU
     compile: bool = False                                # torch.compile of every denoiser
     ema_decay: float = 0.999                             # of the student, per student update; 0 keeps none
     checkpoint_every: int = 500
@@ -166,6 +169,10 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
     if missing := [n for n in trained if n not in recipe.optim]:
         raise ValueError(f"optim.{missing[0]} is missing: {recipe.method['name']} trains {', '.join(trained)}; give it an lr")
     optim = {n: recipe.optim[n] for n in trained}            # method.gan_weight=0 needs no edit of a recipe that names the discriminator
+    copies = [n for n, role in method.needs(config).items() if role.source == "teacher" and n not in ("teacher", *recipe.lora)]
+    if recipe.teacher.quantize and copies:
+        raise ValueError(f"teacher.quantize: {copies[0]} would be a full copy, and only a frozen base can be quantised; make it an adapter "
+                         f"with lora.{copies[0]}.rank")
     given = recipe.teacher
     loras = {str(_absolute(Path(path))): scale for path, scale in given.loras.items()}
     teacher = given if worlds.teacher_folder(given.path) else dataclasses.replace(given, path=str(_absolute(Path(given.path))), loras=loras)

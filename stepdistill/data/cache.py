@@ -37,6 +37,7 @@ from stepdistill.models.conditioning import Conditioning, Leaf
 from stepdistill.models.kept import Kept, Learnt, pack, unpack
 from stepdistill.models.load import Teacher, is_prompted, read_json
 from stepdistill.models.prompted import LawCodec, PipelineCodec, open_pipeline
+from stepdistill.models.quantize import QuantizeRecipe
 from stepdistill.models.recording import Recording
 from stepdistill.models.wiring import Unrecordable, leaves_of, same
 
@@ -60,6 +61,7 @@ class Wanted:
     pictures: tuple[Picture, ...] = ()
     source: Path | None = None
     loras: Mapping[str, float] = field(default_factory=dict)
+    quantize: QuantizeRecipe | None = None                 # of the network, which encodes nothing
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,8 @@ class Cache:
 
     def _encode(self, device: torch.device | str) -> int:
         wanted = self.wanted
-        recording, inputs = open_pipeline(wanted.pipeline, wanted.call, device=device, dtype=wanted.dtype, loras=wanted.loras)
+        recording, inputs = open_pipeline(wanted.pipeline, wanted.call, device=device, dtype=wanted.dtype, loras=wanted.loras,
+                                          quantize=wanted.quantize)
         codec = PipelineCodec(recording, inputs)
         baked = recording.keyword is not None and recording.offset is None and not recording.wiring.embeds
         index = read_json(self.folder / INDEX) if (self.folder / INDEX).is_file() else {"beside": [], "parts": {}}

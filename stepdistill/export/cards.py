@@ -188,6 +188,10 @@ The weights in this folder have it merged in.
 
 `recipe.yaml` is the whole recipe: step {{ notes.step }} of {{ recipe.steps }}, {{ "moving average" if notes.ema else "last weights" }},
 teacher's guidance {{ recipe.guidance }}, seed {{ recipe.seed }}.
+{% if recipe.teacher.quantize %}
+Its adapter was trained on a base quantised with `{{ recipe.teacher.quantize.backend }}`. Here it is merged into the unquantised weights,
+which differ from that base by its rounding.
+{% endif %}
 {% for k, v in notes.versions.items() %}{{ k }} {{ v }}{{ ", " if not loop.last }}{% endfor %}.
 
 ## Licence

@@ -26,6 +26,7 @@ from torch.nn import functional
 from stepdistill.diffusion.process import Flow, NoiseProcess, TableVP
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser, default_taps, keep_output_float32
+from stepdistill.models.quantize import QuantizeRecipe, config_of, network_among, requantized
 from stepdistill.models.weights import fuse
 
 if TYPE_CHECKING:
@@ -234,10 +235,12 @@ def is_prompted(folder: Path) -> bool:
 
 
 def load_pipeline(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                  trust_remote_code: bool = False, only: Sequence[str] | None = None, loras: Mapping[str, float] | None = None) -> Any:
+                  trust_remote_code: bool = False, only: Sequence[str] | None = None, loras: Mapping[str, float] | None = None,
+                  quantize: QuantizeRecipe | None = None) -> Any:
     """A diffusers pipeline from a folder, safetensors only; of its components `only` these where they are named, None for the others.
 
-    `loras` (file to scale) are merged into it in float32. FileNotFoundError or ValueError naming what is missing.
+    `loras` (file to scale) are merged into it in float32, before its network is quantised. FileNotFoundError or ValueError naming what is
+    missing.
     """
     folder = Path(path).expanduser()
     if not (folder / "model_index.json").is_file():
@@ -248,28 +251,33 @@ def load_pipeline(path: str | Path, *, device: torch.device | str = "cpu", dtype
     for name, entry in entries.items():
         if name not in left_out and not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder} lacks its component {name!r}: model_index.json names {entry[1]}, and there is no {name}/")
+    config = config_of(quantize, device) if quantize else None
+    packed = {network_among(entries): config} if config else {}
+    options = {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=packed)} if packed and not loras else {}
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True,
                                                                torch_dtype=torch.float32 if loras else dtype,
-                                                               trust_remote_code=trust_remote_code, **left_out)
+                                                               trust_remote_code=trust_remote_code, **left_out, **options)
     except Exception as error:
         raise ValueError(f"{folder} cannot be loaded as a diffusers pipeline: {' '.join(str(error).split())[:300]}") from error
     pipeline.set_progress_bar_config(disable=True)
     if loras:
         fuse(pipeline, loras)
         pipeline.to(dtype)
+        pipeline.register_modules(**{name: requantized(getattr(pipeline, name), config, dtype) for name in packed})
     return pipeline.to(device)
 
 
 def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autocast: torch.dtype | None = None,
                  dtype: torch.dtype = torch.float32, guidance: float = 1.0, taps: tuple[str, ...] = (),
                  prompts: Sequence[str] = (), call: Mapping[str, Any] | None = None, kept: Kept | None = None,
-                 loras: Mapping[str, float] | None = None) -> Teacher:
+                 loras: Mapping[str, float] | None = None, quantize: QuantizeRecipe | None = None) -> Teacher:
     """Load a teacher (or an exported student) from the name of a shipped world or from a diffusers folder.
 
     The folder is a pipeline (`model_index.json` with unet/ or transformer/, scheduler/, perhaps vae/) or a bare network beside its
     `scheduler_config.json`. `dtype` is what frozen weights are stored in. A pipeline whose network is none of NETWORKS is recorded, and
-    reads `prompts`; `call` are further keywords for it, `loras` files to merge into it, and `kept` is what a cache holds of it.
+    reads `prompts`; `call` are further keywords for it, `loras` files to merge into it, `quantize` packs its network, and `kept` is
+    what a cache holds of it.
     """
     from stepdistill import worlds
 
@@ -281,7 +289,9 @@ def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autoca
         from stepdistill.models.prompted import load_prompted
 
         return load_prompted(folder, prompts, call or {}, device=device, autocast=autocast, dtype=dtype, guidance=guidance, taps=taps,
-                             notes=notes, kept=kept, loras=loras)
+                             notes=notes, kept=kept, loras=loras, quantize=quantize)
+    if quantize:
+        raise ValueError(f"teacher.quantize is for pipelines with prompts, and {path} is none: leave it out")
     if prompts or call or loras:
         raise ValueError(f"{path} takes no prompts: leave data.prompts, teacher.call and teacher.loras out of the recipe")
     inner = next((folder / n for n in ("unet", "transformer") if (folder / n).is_dir()), folder)

@@ -18,6 +18,7 @@ from stepdistill.models.drive import GUIDER
 from stepdistill.models.kept import Bank, Kept, Learnt
 from stepdistill.models.latents import LatentLaw, learn_latents
 from stepdistill.models.load import Codec, Teacher, load_pipeline, without_dropout
+from stepdistill.models.quantize import QuantizeRecipe
 from stepdistill.models.recording import Inputs, Recording, record, usual_inputs
 from stepdistill.models.wiring import Unrecordable
 
@@ -128,9 +129,11 @@ class PromptTeacher(Teacher):
 
 
 def open_pipeline(folder: Path, call: Mapping[str, Any], *, device: torch.device | str, dtype: torch.dtype,
-                  trust_remote_code: bool = False, loras: Mapping[str, float] | None = None) -> tuple[Recording, Inputs]:
+                  trust_remote_code: bool = False, loras: Mapping[str, float] | None = None,
+                  quantize: QuantizeRecipe | None = None) -> tuple[Recording, Inputs]:
     """Load a whole pipeline and record it. `call` are keywords of the pipeline: height, width, negative_prompt."""
-    pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, loras=loras))
+    pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, loras=loras,
+                                    quantize=quantize))
     inputs = usual_inputs(pipeline, **call)
     return record(pipeline, inputs), inputs
 
@@ -143,9 +146,9 @@ def _still(pipeline: Any) -> Any:
 
 
 def _reopened(folder: Path, call: Mapping[str, Any], learnt: Learnt, device: torch.device | str, dtype: torch.dtype,
-              loras: Mapping[str, float] | None) -> tuple[Recording, Inputs, Codec]:
+              loras: Mapping[str, float] | None, quantize: QuantizeRecipe | None) -> tuple[Recording, Inputs, Codec]:
     only = (learnt.facts["component"], "scheduler", "vae")
-    pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, only=only, loras=loras))
+    pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, only=only, loras=loras, quantize=quantize))
     recording = learnt.restored(pipeline)
     return recording, usual_inputs(pipeline, **call), LawCodec(learnt.law(pipeline), recording.shape, type(pipeline).__name__)
 
@@ -153,7 +156,7 @@ def _reopened(folder: Path, call: Mapping[str, Any], learnt: Learnt, device: tor
 def load_prompted(folder: Path, prompts: Sequence[str], call: Mapping[str, Any], *, device: torch.device | str,
                   autocast: torch.dtype | None, dtype: torch.dtype, guidance: float, taps: tuple[str, ...], notes: Mapping[str, Any],
                   trust_remote_code: bool = False, kept: Kept | None = None,
-                  loras: Mapping[str, float] | None = None) -> PromptTeacher:
+                  loras: Mapping[str, float] | None = None, quantize: QuantizeRecipe | None = None) -> PromptTeacher:
     """Record the pipeline in a folder and encode the prompts, or take what a cache has kept of that and load no encoders.
 
     `call` are keywords of the pipeline: height, width, negative_prompt. Raises ValueError where there are no prompts, or guidance was
@@ -163,9 +166,10 @@ def load_prompted(folder: Path, prompts: Sequence[str], call: Mapping[str, Any],
         raise ValueError(f"{folder} is a pipeline that takes prompts: name a file of them, one per line, with data.prompts")
     codec: Codec
     if kept is not None and kept.learnt is not None:
-        recording, inputs, codec = _reopened(folder, call, kept.learnt, device, dtype, loras)
+        recording, inputs, codec = _reopened(folder, call, kept.learnt, device, dtype, loras, quantize)
     else:
-        recording, inputs = open_pipeline(folder, call, device=device, dtype=dtype, trust_remote_code=trust_remote_code, loras=loras)
+        recording, inputs = open_pipeline(folder, call, device=device, dtype=dtype, trust_remote_code=trust_remote_code, loras=loras,
+                                          quantize=quantize)
         codec = PipelineCodec(recording, inputs)
     denoiser = recording.denoiser
     denoiser.guidance, denoiser.autocast, denoiser.taps = guidance, autocast, taps or denoiser.taps

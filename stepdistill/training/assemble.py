@@ -139,7 +139,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
         cache.fill(accelerator.device)
     teacher = load_teacher(recipe.teacher.path, device=accelerator.device, autocast=AUTOCAST[recipe.precision], dtype=dtype_of(recipe),
                            guidance=recipe.guidance, taps=recipe.student.taps, prompts=(*prompts, *(p.caption for p in pictures)),
-                           call=recipe.teacher.call, kept=cache.kept() if cache else None, loras=recipe.teacher.loras)
+                           call=recipe.teacher.call, kept=cache.kept() if cache else None, loras=recipe.teacher.loras,
+                           quantize=recipe.teacher.quantize)
     torch.manual_seed(recipe.seed)
     method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.sampler))
     method.sampler()                                                            # a wrong grid speaks up before anything is built
@@ -156,16 +157,16 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
             checkpoint_activations(network)
         if recipe.attention != "auto":
             switch(network, recipe.attention, accelerator.device)
+        if recipe.channels_last:
+            network.to(memory_format=torch.channels_last)
+        if recipe.compile:
+            network.compile()
     if recipe.weights == "bfloat16":
         for name in roles.trains:
             roles.module(name).to(torch.bfloat16)
     stages = tuple(method.stages(recipe.steps))
     if sum(stage.steps for stage in stages) != recipe.steps:
         raise ValueError(f"the stages of {recipe.method['name']} must add up to steps {recipe.steps}")
-    if recipe.compile:
-        for name in needs:
-            if needs[name].source == "teacher":
-                roles.module(name).compile()
     horizons = {**dict.fromkeys(roles.trains, 0), **updates_of(method, recipe.steps)}
     optim = Optimizers(roles, recipe.optim, horizons)
     ema = Ema(roles.module("student"), recipe.ema_decay) if recipe.ema_decay else None
@@ -196,7 +197,7 @@ def cache_of(recipe: Recipe, prompts: Sequence[str], pictures: Sequence[Picture]
         raise ValueError("name a folder for the cache with data.cache")
     texts = (*prompts, *(picture.caption for picture in pictures))
     return Cache(recipe.data.cache, Wanted(Path(recipe.teacher.path), recipe.teacher.call, dtype_of(recipe), recipe.guidance, texts,
-                                           tuple(pictures), recipe.data.folder, recipe.teacher.loras))
+                                           tuple(pictures), recipe.data.folder, recipe.teacher.loras, recipe.teacher.quantize))
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stepdistill.models.adapters import active, adapted
 from stepdistill.models.attention import attention
 from stepdistill.models.denoiser import Denoiser, tapped
+from stepdistill.models.quantize import held
 from stepdistill.models.wiring import FromSample, Wiring, leaves_of, primary
 from stepdistill.training.assemble import Run, run_update
 
@@ -164,9 +165,9 @@ def bytes_of(run: Run) -> dict[str, dict[str, int]]:
     """Bytes of weights, gradients and optimizer state per role, and of the EMA."""
     table = {}
     for name in run.roles.names:
-        weights = sum(p.numel() * p.element_size() for p in run.roles.parameters(name))
-        trains = name in run.roles.trains
-        table[name] = {"parameters": sum(p.numel() for p in run.roles.parameters(name)), "weights": weights,
+        sizes = [held(p) for p in run.roles.parameters(name)]
+        weights, trains = sum(size for _, size in sizes), name in run.roles.trains
+        table[name] = {"parameters": sum(number for number, _ in sizes), "weights": weights,
                        "gradients": weights if trains else 0, "optimizer": run.optim.bytes(name) if trains else 0}
     if run.ema:
         weights = sum(p.numel() * p.element_size() for p in run.ema.network.parameters())
