@@ -1,19 +1,22 @@
 """Count DMD2's bytes at full size, measure them on tiny networks, and write docs/bytes.md and docs/bytes.json.
 
     python scripts/bytes_table.py
+    python scripts/bytes_table.py recipes       # this table alone; the others stay as they are
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import diffusers
 import torch
+import typer
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +28,9 @@ from stepdistill import recipe as recipes  # noqa: E402
 from stepdistill.models import networks  # noqa: E402
 from stepdistill.training import loop, plan  # noqa: E402
 
+FILE = ROOT / "docs" / "bytes.json"
 GIB, MIB = 2**30, 2**20
+CARDS = (24, 40, 80)                                                             # GiB
 RECIPES = {"sd15": "sd15/dmd2", "sdxl": "sdxl/dmd2", "sd35-medium": "sd35_medium/dmd2", "flux-dev": "flux_dev/dmd2"}
 KINDS = {"three full copies": ("lora={}",), "LoRA on one base": ("lora.student.rank=64", "lora.fake.rank=64")}
 HEAD = """# What DMD2 asks of a card
@@ -50,6 +55,14 @@ The same classes with one to two million weights in float32 on a CPU (`tests/zoo
 the largest sum of the bytes of all tensor storages alive at one time in a real iteration; planned is what `plan` says of the same recipe
 from the configs alone, with the attention of a CPU. The bound is 15 % (`tests/training/test_plan.py`). What a card does in another way,
 fused attention and the float32 of its autocast, is counted by rule and was not measured.
+
+"""
+SHIPPED = """
+## The shipped recipes, counted
+
+As they stand: adapters on one base, text encoders on the card, prompts as long as the pipeline takes them. The card is the first of
+{cards} GiB that the recipe fits on. Each row is `stepdistill plan --config RECIPE --network NETWORK`; with `--gpu 24GB` that command says
+what would make it fit on a smaller one.
 
 """
 
@@ -80,28 +93,74 @@ def measured() -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    warnings.filterwarnings("ignore")
-    full, tiny = counted(), measured()
-    lines = ["```", *(row["command"] for row in full), "```", "",
+def shipped() -> list[dict[str, Any]]:
+    """Every recipe for a published teacher, with the network that its comment names."""
+    rows = []
+    for name in tqdm([name for name in recipes.names() if not name.startswith("fashion/")], unit="plan"):
+        named = re.search(rf"stepdistill plan --config {name} --network ([\w.-]+)", (ROOT / "configs" / f"{name}.yaml").read_text())
+        if named is None:
+            raise ValueError(f"configs/{name}.yaml names no network: write 'stepdistill plan --config {name} --network NETWORK' into it")
+        found = plan.plan(recipes.load(name), networks.find(named[1]))
+        card = next((card for card in CARDS if found.peak + plan.RESERVE <= card * GIB), None)
+        rows.append({"recipe": name, "command": named[0], **found.to_dict(), "card": card})
+    return rows
+
+
+def full_lines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["```", *(row["command"] for row in rows), "```", "",
              "| network | roles | parameters | weights | gradients | optimizer | average | encoders | activations | peak, GiB |",
              "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
-    for row in full:
+    for row in rows:
         roles = row["roles"].values()
         sums = [sum(role[key] for role in roles) for key in ("weights", "gradients", "optimizer")]
         cells = [*sums, row["ema"], sum(row["encoders"].values()), max(role["activations"] for role in roles), row["peak"]]
         lines.append(f"| {row['network']} | {row['kind']} | {row['roles']['teacher']['parameters'] / 1e6:,.1f} M | "
                      + " | ".join(f"{cell / GIB:.1f}" for cell in cells) + " |")
-    lines += ["", "Gradients of student and fake score are not alive together, so a row's columns do not add up to its peak."]
-    below = ["| network | roles | parameters | held between updates | planned peak | measured peak, MiB | planned / measured |",
+    return [*lines, "", "Gradients of student and fake score are not alive together, so a row's columns do not add up to its peak."]
+
+
+def tiny_lines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| network | roles | parameters | held between updates | planned peak | measured peak, MiB | planned / measured |",
              "|---|---|--:|--:|--:|--:|--:|"]
-    below += [f"| {row['network']} | {row['kind']} | {row['parameters']:,} | {row['resident'] / MIB:.1f} | {row['planned'] / MIB:.1f} | "
-              f"{row['measured'] / MIB:.1f} | {row['ratio']:.3f} |" for row in tiny]
-    head = HEAD.format(torch=torch.__version__, diffusers=diffusers.__version__, reserve=plan.RESERVE / GIB)
-    (ROOT / "docs" / "bytes.md").write_text(head + "\n".join(lines) + "\n" + TINY + "\n".join(below) + "\n")
-    table = {"torch": torch.__version__, "diffusers": diffusers.__version__, "counted": full, "measured": tiny}
-    (ROOT / "docs" / "bytes.json").write_text(json.dumps(table, indent=1) + "\n")
+    for row in rows:
+        mib = " | ".join(f"{row[key] / MIB:.1f}" for key in ("resident", "planned", "measured"))
+        lines.append(f"| {row['network']} | {row['kind']} | {row['parameters']:,} | {mib} | {row['ratio']:.3f} |")
+    return lines
+
+
+def shipped_lines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| recipe | network | parameters | micro-batch | held between updates | encoders of these | activations | peak, GiB | card |",
+             "|---|---|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        roles = row["roles"]
+        cells = [row["resident"], sum(row["encoders"].values()), max(role["activations"] for role in roles.values()), row["peak"]]
+        lines.append(f"| {row['recipe']} | {row['network']} | {roles['teacher']['parameters'] / 1e6:,.1f} M | {row['micro_batch']} | "
+                     + " | ".join(f"{cell / GIB:.1f}" for cell in cells) + f" | {row['card'] or 'none'} |")
+    return lines
+
+
+def page(found: dict[str, Any]) -> str:
+    """docs/bytes.md."""
+    parts = [HEAD.format(torch=found["torch"], diffusers=found["diffusers"], reserve=plan.RESERVE / GIB), *full_lines(found["counted"]),
+             TINY, *tiny_lines(found["measured"]), SHIPPED.format(cards=", ".join(map(str, CARDS))), *shipped_lines(found["recipes"])]
+    return "".join(part if part.endswith("\n") else part + "\n" for part in parts)
+
+
+TABLES = {"counted": counted, "measured": measured, "recipes": shipped}
+
+
+def main(tables: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(TABLES)}; by default all")] = None) -> None:
+    """Make the tables, but for those that are kept: not named, and made with the same torch and diffusers."""
+    if unknown := sorted(set(tables or ()) - set(TABLES)):
+        raise typer.BadParameter(f"no table {unknown[0]!r}: there are {', '.join(TABLES)}")
+    warnings.filterwarnings("ignore")
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    before = json.loads(FILE.read_text()) if tables and FILE.is_file() else {}
+    kept = set(before) - set(tables or ()) if versions.items() <= before.items() else set()
+    found = versions | {name: before[name] if name in kept else make() for name, make in TABLES.items()}
+    FILE.write_text(json.dumps(found, indent=1) + "\n")
+    FILE.with_suffix(".md").write_text(page(found))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

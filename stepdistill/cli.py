@@ -123,7 +123,7 @@ def cache(overrides: Overrides = None, config: Config = None, device: Device = N
 def plan(
     overrides: Overrides = None,
     config: Config = None,
-    network: Annotated[str | None, typer.Option(help="for a teacher not here: sd15, sdxl, sd35-medium, flux-dev or a JSON file")] = None,
+    network: Annotated[str | None, typer.Option(help="for a teacher not here: sd15, flux-dev, wan21-1.3b, ... or a JSON file")] = None,
     gpu: Annotated[str | None, typer.Option(help="a card's memory, 24GB: does it fit, and what would make it fit")] = None,
     as_json: Json = False,
 ) -> None:

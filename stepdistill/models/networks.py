@@ -21,7 +21,8 @@ from stepdistill.models.wiring import FromClock, FromCondition, FromSample, From
 
 SHIPPED = Path(worlds.__file__).parent / "networks"
 META = torch.device("meta")
-INPUTS = ("state", "time", "guidance")
+INPUTS = ("state", "listed state", "time", "guidance")
+FORMS = ("listed", "shared", "number")
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,13 @@ class NetworkSpec:
     """A diffusers network's config, and the arguments of one call of it.
 
     `arguments` nests as the call does. Its leaves are "state", "time", "guidance" (a number that the network embeds), "label" (a class),
-    or the shape of one row of a condition, "tokens 768"; after "shared" stands the shape of something without a batch axis (position
-    ids). `state` is such a shape too. A length is a number or a name: a key of the config or of `sizes`, or `rows`, `columns` and `cells`
-    = rows · columns of a picture of sizes `height` x `width` (pixels), one cell being `cell` pixels wide. `frozen` counts the parameters
-    of what else the pipeline holds: text encoders, a VAE.
+    or the shape of one row of a condition, "tokens 768". "listed" before a state or a shape makes it a list with one tensor a sample,
+    "shared" something without a batch axis (position ids), and "number" one length, given as it is. `state` is such a shape too.
+
+    A length is a number or a name: a key of the config or of `sizes`, or `rows`, `columns`, `frames` and `cells` = frames · rows · columns
+    of sizes `height` x `width` (pixels), one cell being `cell` pixels wide, and of `num_frames`, the first of which is alone in its cell
+    and the others `frame_cell` in one; without them there is one frame. `frozen` counts the parameters of what else the pipeline holds:
+    text encoders, a VAE.
     """
 
     name: str
@@ -53,14 +57,19 @@ class NetworkSpec:
         return self.lengths(self.state)
 
     def at(self, call: Mapping[str, Any]) -> NetworkSpec:
-        """The same network at the `height` and `width` (pixels) among a pipeline's keywords."""
-        return replace(self, sizes={**self.sizes, **{key: int(call[key]) for key in ("height", "width") if key in call}})
+        """The same network at the `height`, `width` (pixels) and `num_frames` among a pipeline's keywords."""
+        given = {key: int(call[key]) for key in ("height", "width", "num_frames") if key in call and key in self.sizes}
+        return replace(self, sizes={**self.sizes, **given})
 
     def lengths(self, shape: str) -> tuple[int, ...]:
         """Numbers for names; ValueError for a name that stands for none."""
         rows, columns = (self.sizes[side] // self.sizes["cell"] for side in ("height", "width"))
-        known = {**self.config, **self.sizes, "rows": rows, "columns": columns, "cells": rows * columns}
-        words = shape.removeprefix("shared ").split()
+        frames = (self.sizes.get("num_frames", 1) - 1) // self.sizes.get("frame_cell", 1) + 1
+        known = {**self.config, **self.sizes, "rows": rows, "columns": columns, "frames": frames, "cells": frames * rows * columns}
+        form, lengths = _form(shape)
+        words = lengths.split()
+        if form == "number" and len(words) != 1:
+            raise ValueError(f"network {self.name}: {shape!r} must be one number: write several as a list")
         if unknown := [word for word in words if not word.isdigit() and not isinstance(known.get(word), int)]:
             raise ValueError(f"network {self.name}: {unknown[0]!r} in the shape {shape!r} is no whole number of its config or its sizes")
         return tuple(int(word) if word.isdigit() else known[word] for word in words)
@@ -89,24 +98,42 @@ class NetworkSpec:
     def _wired(self, tree: Any, path: str = "") -> Any:
         if isinstance(tree, Mapping):
             return {key: self._wired(value, f"{path}.{key}" if path else key) for key, value in tree.items()}
-        if tree == "state":
-            return FromSample(Layout(), listed=False)
-        if tree == "time":
-            return FromClock("1000sigma", 1.0, 0.0, ())
-        if tree == "guidance":
-            return FromScale(1.0, 0.0, ())
-        return Static(torch.zeros(self.lengths(tree))) if tree.startswith("shared ") else FromCondition(path)
+        if isinstance(tree, list):
+            return [self._wired(value, f"{path}.{i}") for i, value in enumerate(tree)]
+        match _form(tree):
+            case form, "state":
+                return FromSample(Layout(), listed=form == "listed")
+            case _, "time":
+                return FromClock("1000sigma", 1.0, 0.0, ())
+            case _, "guidance":
+                return FromScale(1.0, 0.0, ())
+            case "shared", _:
+                return Static(torch.zeros(self.lengths(tree)))
+            case "number", _:
+                return Static(*self.lengths(tree))
+        return FromCondition(path)
 
     def condition(self, batch: int, guided: bool) -> Conditioning:
         """A blank condition of `batch` samples; `guided` adds a null of the same shapes, unless the network embeds its guidance."""
         leaves = dict(leaves_of(self.arguments))
-        shapes = {path: kind for path, kind in leaves.items() if kind not in INPUTS and not kind.startswith("shared ")}
+        kinds = {path: kind for path, kind in leaves.items() if kind not in INPUTS and _form(kind)[0] in ("", "listed")}
 
-        def made() -> dict[str, Tensor]:
-            return {path: torch.zeros(batch, dtype=torch.long) if kind == "label" else torch.zeros(batch, *self.lengths(kind))
-                    for path, kind in shapes.items()}
+        def made() -> dict[str, Any]:
+            return {path: self._blank(kind, batch) for path, kind in kinds.items()}
 
-        return Conditioning(made(), made() if guided and shapes and "guidance" not in leaves.values() else None)
+        return Conditioning(made(), made() if guided and kinds and "guidance" not in leaves.values() else None)
+
+    def _blank(self, kind: str, batch: int) -> Tensor | tuple[Tensor, ...]:
+        if kind == "label":
+            return torch.zeros(batch, dtype=torch.long)
+        rows = torch.zeros(batch, *self.lengths(kind))
+        return rows.unbind() if _form(kind)[0] == "listed" else rows
+
+
+def _form(kind: str) -> tuple[str, str]:
+    """One of FORMS or nothing, and the rest."""
+    form, _, rest = kind.partition(" ")
+    return (form, rest) if form in FORMS else ("", kind)
 
 
 def names() -> list[str]:
