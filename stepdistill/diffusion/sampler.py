@@ -133,6 +133,16 @@ def steps(net: Net, x: Tensor, spec: SamplerSpec, cond: Any, draws: Draws, *, gr
             x, before = x_next, pred
 
 
+def one_call(net: Net, spec: SamplerSpec, cond: Any, draws: Draws, shape: tuple[int, ...], *, grad: bool) -> Step:
+    """One call of the sampler, drawn once for all samples and reached from noise through the calls before it.
+
+    This is backward simulation (DMD2, sec. 4.5). That call alone keeps its gradient, if any does.
+    """
+    last = int(draws.shared("call").integers(len(spec.times)))
+    x = start(net.process, spec, draws.each("start").normal(*shape))
+    return next(step for step in steps(net, x, spec, cond, draws, grad=lambda i: grad and i == last) if step.index == last)
+
+
 @torch.no_grad()
 def sample(net: Net, spec: SamplerSpec, cond: Any, draws: Draws, shape: tuple[int, ...]) -> Tensor:
     """x0 (B, *shape) for the samples of `draws`: sample i depends on (seed, i) and its condition alone."""

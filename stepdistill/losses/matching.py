@@ -29,3 +29,14 @@ def matching_loss(x0: Tensor, toward: Tensor, away_from: Tensor, scale: Tensor |
         c = dmd_scale(x0, toward) if scale is None else scale
         moved = x0 - like(c, x0) * (away_from - toward)
     return 0.5 * (x0 - moved).square().mean()
+
+
+def sid_loss(x0: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor:
+    """Bilinear estimate of the Fisher divergence, (B,): mean of d·((real - x0) - alpha·d) over mean|x0 - real|, d = real - fake.
+
+    x0, real (teacher) and fake are clean samples (B, ...) and all three carry gradients; the divisor is detached (SiD, Zhou et al. 2024,
+    eq. 23). May be negative: at the optimal fake score its mean is (1 - alpha)·|d|². Source sums over elements; this is their mean.
+    """
+    x0 = at_least_float32(x0)
+    d = real - fake
+    return dmd_scale(x0.detach(), real.detach()) * (d * (real - x0 - alpha * d)).flatten(1).mean(1)

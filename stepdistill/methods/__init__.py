@@ -8,10 +8,12 @@ from typing import Any
 from stepdistill.methods.base import Method
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.sid import SiD
 
 METHODS: dict[str, type[Method[Any]]] = {
     "consistency": Consistency,
     "dmd2": DMD2,
+    "sid": SiD,
 }
 
 

@@ -16,19 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.process import like
-from stepdistill.diffusion.sampler import SamplerSpec, start, steps
+from stepdistill.diffusion.sampler import SamplerSpec, one_call
 from stepdistill.diffusion.times import Uniform, shift
-from stepdistill.losses.adversarial import discriminator_loss, generator_loss
-from stepdistill.losses.denoising import denoising_loss
+from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.matching import matching_loss
 from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Stream, Update
+from stepdistill.methods.critic import Judge, critic_loss
 from stepdistill.models.roles import Role, Roles
 
 
@@ -39,7 +38,7 @@ class DMD2Config:
     fake_updates: int = 10                          # fake-score updates per student update
     gan_weight: float = 1e-3                        # of the student's GAN term; 0 builds no discriminator and reads no pictures
     disc_weight: float = 1e-2                       # of the discriminator's loss beside the fake score's
-    features: Literal["fake", "teacher"] = "fake"   # whose features the discriminator reads; "fake" also trains its encoder
+    features: Judge = "fake"                        # whose features the discriminator reads; "fake" also trains its encoder
     sds_share: float = 0.0                          # ours: of x0 itself in the fake score's place, where s < sds_below; see `away_from`
     sds_below: float = 0.1
     times: Uniform = Uniform(0.02, 0.98)            # s of the student's update
@@ -81,12 +80,8 @@ class DMD2(Method[DMD2Config]):
         return self.setup.sampler
 
     def rollout(self, m: Roles, batch: Batch, draws: Draws, grad: bool) -> Tensor:
-        """x0 of the call that is trained now, reached through the student's own earlier calls (backward simulation)."""
-        spec = self.sampler()
-        last = int(draws.shared("call").integers(len(spec.times)))
-        x = start(self.process, spec, draws.each("start").normal(*self.setup.shape))
-        walk = steps(m.student, x, spec, batch["main"].cond, draws, grad=lambda i: grad and i == last)
-        return next(step.x0 for step in walk if step.index == last)
+        """x0 of the call that is trained now, reached through the student's own earlier calls."""
+        return one_call(m.student, self.sampler(), batch["main"].cond, draws, self.setup.shape, grad=grad).x0
 
     def student_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cond, cfg = batch["main"].cond, self.cfg
@@ -116,25 +111,7 @@ class DMD2(Method[DMD2Config]):
         return fake + like(share, fake) * (x0.to(fake) - fake)
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
-        cond, cfg = batch["main"].cond, self.cfg
+        cfg = self.cfg
         x0 = batch.scratch["x0"] if "x0" in batch.scratch else self.rollout(m, batch, draws, grad=False)
-        s, eps = cfg.fake_times.sample(draws.each("fake/s")), draws.each("fake/eps").normal_like(x0)
-        x_s = self.process.add_noise(x0, eps, s)
-        if not cfg.gan_weight:
-            denoise = denoising_loss(m.fake(x_s, s, cond), x0, eps).mean()
-            return Loss(denoise, {"denoise": denoise})
-        real, r = batch["real"], cfg.fake_times.sample(draws.each("real/s"))
-        x_r = self.process.add_noise(real.clean, draws.each("real/eps").normal_like(real.clean), r)
-        both = torch.cat([x_s, x_r]), torch.cat([s, r]), cond.cat(real.cond)
-        if cfg.features == "fake":
-            judged = m.fake(*both, tap=True)
-            pred = judged.rows(slice(len(x0)))
-        else:
-            pred = m.fake(x_s, s, cond)
-            with torch.no_grad():
-                judged = m.teacher.plain(*both, tap=True)
-        denoise = denoising_loss(pred, x0, eps).mean()
-        on_fake, on_real = m.disc(judged.features).chunk(2)
-        judge = discriminator_loss(on_real, on_fake)
-        right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
-        return Loss(denoise + cfg.disc_weight * judge, {"denoise": denoise, "judge": judge, "disc_accuracy": right})
+        return critic_loss(m, self.process, x0, batch["main"].cond, cfg.fake_times, draws, real=batch["real"] if cfg.gan_weight else None,
+                           features=cfg.features, disc_weight=cfg.disc_weight)

@@ -33,6 +33,7 @@ CLOCKS: dict[str, Callable[[NoiseProcess, Tensor], Tensor]] = {          # our t
     "1000t": lambda process, t: 1000 * t,
     "1000sigma": lambda process, t: 1000 * process.sigma(t),
     "1000alpha": lambda process, t: 1000 * process.alpha(t),
+    "1000sigma/alpha": lambda process, t: 1000 * process.sigma(t) / process.alpha(t),
     "sigma/(1+sigma)": lambda process, t: process.sigma(t) / (process.alpha(t) + process.sigma(t)),
     "log_sigma/4": lambda process, t: (process.sigma(t) / process.alpha(t)).log() / 4,
     "angle": lambda process, t: torch.atan2(process.sigma(t), process.alpha(t)),
@@ -128,6 +129,8 @@ class Denoiser:
             with tapped(self.network, self.taps if tap else ()) as features:
                 out = self.raw(x_t, t, cond, w if self.embedded is None else self.embedded)
             return Prediction(out, self.kind, x_t, alpha, sigma, tuple(features))
+        if isinstance(w, float | int) and w == 0 and self.law == "linear":
+            return self(x_t, t, cond.null, w=1.0, tap=tap)
         n, null = len(x_t), cond.null
         with tapped(self.network, self.taps if tap else ()) as features:
             if cond.joins(null):

@@ -30,6 +30,7 @@ SCHEDULERS = {
 }
 VARIANTS: dict[str, list[dict]] = {                       # other configurations of a method that must obey too
     "dmd2": [{"gan_weight": 0.0}, {"features": "teacher"}, {"fake_updates": 2}],
+    "sid": [{"split": True, "alpha": 1.2}, {"gan_weight": 0.1, "fake_guidance": -1.0}, {"fake_guidance": 2.0, "fake_updates": 2}],
     "consistency": [{"target": "student", "solver": "heun", "huber": 0.0}],
 }
 CASES = [pytest.param(name, options, id=" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
@@ -275,7 +276,7 @@ def test_sampler(name, options, steps):
 def test_unknown_method():
     with pytest.raises(ValueError, match="did you mean 'dmd2'"):
         find("dmd")
-    with pytest.raises(ValueError, match="known: consistency, dmd2"):
+    with pytest.raises(ValueError, match="known: consistency, dmd2, sid"):
         find("zzz")
 
 

@@ -257,3 +257,14 @@ def test_training_mode_changes_nothing_after_loading(make):
     trained = net(x, t, cond).raw
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(trained, Denoiser(net.network.eval(), TABLE, "eps", channels=net.channels)(x, t, cond).raw, rtol=0, atol=0)
+
+
+def test_guidance_zero_is_one_pass_of_the_null_condition():
+    net = Denoiser(tiny_unet(), TABLE, "eps")
+    cond = Conditioning({"class_labels": torch.tensor([0, 1])}, {"class_labels": torch.tensor([3, 3])})
+    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), f64(0.5)
+    with torch.no_grad(), Counted(net.network) as calls:
+        got = net(x, t, cond, w=0.0).raw
+    assert calls == [2]
+    with torch.no_grad():
+        assert torch.equal(got, net(x, t, cond.null).raw)
