@@ -7,7 +7,7 @@ conversion, solver, sampler and loss has a known answer on CPU in milliseconds. 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -207,6 +207,37 @@ class MapStudent:
         det = alpha * sigma_r - sigma * alpha_r                                                 # x = a·x0 + s·e, landing = a_r·x0 + s_r·e
         x0, eps = (sigma_r * x - sigma * landing) / det, (alpha * landing - alpha_r * x) / det
         return Prediction(target(self.kind, x0, eps, alpha, sigma).to(x_t.dtype), self.kind, x_t, alpha, sigma, (x_t,) if tap else ())
+
+
+@dataclass(frozen=True)
+class MapOfTimes:
+    """Like MapStudent, row by row: asked at times t (B,), its jump to below(t) lands on M(x, t -> below(t)), 0 by default.
+
+    Where below(t) is t it says what the teacher says. `bend` spoils the landing, `calls` holds the times asked for.
+    """
+
+    teacher: GaussianTeacher | MixtureTeacher
+    below: Callable[[Tensor], Tensor] = torch.zeros_like
+    kind: str = "x0"
+    bend: float = 0.0
+    calls: list[Tensor] = field(default_factory=list, compare=False)
+
+    @property
+    def process(self) -> NoiseProcess:
+        """The teacher's."""
+        return self.teacher.process
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond = None, *, w: float | Tensor | None = None, tap: bool = False) -> Prediction:
+        self.calls.append(t)
+        x, t = at_least_float32(x_t).double(), f64(t).expand(len(x_t))
+        r, process = self.below(t), self.process
+        landing = self.teacher.flow_map(x, t, r) + self.bend * torch.sin(3 * x)
+        alpha, sigma, alpha_r, sigma_r = process.alpha(t), process.sigma(t), process.alpha(r), process.sigma(r)
+        det, stays = alpha * sigma_r - sigma * alpha_r, like((r == t).double(), x).bool()
+        told = self.teacher(x, t, cond)
+        x0 = torch.where(stays, told.x0, (like(sigma_r, x) * x - like(sigma, x) * landing) / like(det, x))
+        eps = torch.where(stays, torch.nan_to_num(told.eps), (like(alpha, x) * landing - like(alpha_r, x) * x) / like(det, x))
+        return Prediction(target(self.kind, x0, eps, alpha, sigma), self.kind, x, alpha, sigma, (x,) if tap else ())
 
 
 def ks(samples: Tensor, cdf: Tensor) -> float:

@@ -26,7 +26,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.roles import Role, Roles
 from stepdistill.recipe import OptimRecipe
-from stepdistill.training.assemble import run_update, updates_of
+from stepdistill.training.assemble import restarts_of, run_update, updates_of
 from stepdistill.training.optim import Optimizers
 
 HARMONICS = 8
@@ -120,20 +120,33 @@ def ring(process: NoiseProcess | None = None, kind: str = "flow") -> MixtureTeac
     return MixtureTeacher(process or Flow(), kind, f64([1 / 8] * 8), means, f64([0.1] * 8))
 
 
-def pretrained(teacher: MixtureTeacher, width: int, steps: int, batch: int = 512, seed: int = 0) -> Denoiser:
-    """An Mlp regressed on the teacher's velocity (Adam 1e-3), as a flow denoiser tapped at its last hidden layer."""
-    dim = teacher.means[0].numel()
+def four() -> MixtureTeacher:
+    """Four labelled modes of std 0.3 on a circle of radius 1.5, class 0 on the first axis; label 4 is the null label."""
+    means = 1.5 * f64([[1, 0], [0, 1], [-1, 0], [0, -1]])
+    return MixtureTeacher(Flow(), "flow", f64([1 / 4] * 4), means, f64([0.3] * 4))
+
+
+def pretrained(teacher: MixtureTeacher, width: int, steps: int, batch: int = 512, seed: int = 0, labels: bool = False) -> Denoiser:
+    """An Mlp regressed on the teacher's velocity (Adam 1e-3), as a flow denoiser tapped at its last hidden layer.
+
+    With `labels` it is told the nearest mode, one class each, or in a fifth of the samples the null label.
+    """
+    dim, classes = teacher.means[0].numel(), len(teacher.weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Mlp(dim, width)
+        network = Mlp(dim, width, classes + 1 if labels else 0)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
     for step in range(steps):
         generator = torch.Generator().manual_seed(key(seed, "pretrain", step))
         x0 = teacher.data(batch, generator).reshape(batch, dim).float()
         eps, t = torch.randn(batch, dim, generator=generator), torch.rand(batch, generator=generator, dtype=torch.float64)
         x_t = teacher.process.add_noise(x0, eps, t)
-        truth = teacher(x_t.reshape(batch, *teacher.means.shape[1:]), t).to("flow").reshape(batch, dim)
-        loss = (network(x_t, t.float())[0] - truth).square().mean()
+        cond: dict[str, Tensor] = {}
+        if labels:
+            told = torch.rand(batch, generator=generator) > 0.2
+            cond["class_labels"] = torch.where(told, torch.cdist(x0.double(), teacher.means).argmin(1), classes)
+        truth = teacher(x_t.reshape(batch, *teacher.means.shape[1:]), t, cond, w=1.0).to("flow").reshape(batch, dim)
+        loss = (network(x_t, t.float(), **cond)[0] - truth).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -166,6 +179,7 @@ def toy_data(streams: Mapping[str, Stream], draws: Draws, clean: Callable[[Noise
 def run_of(method: Method[Any], roles: Roles, draws: Callable[[int, int], Draws], data: Callable[[Draws], Batch]) -> Any:
     """What `run_update` reads of a Run, on one process and without accumulation."""
     return SimpleNamespace(recipe=SimpleNamespace(accumulate=1), roles=roles, method=method, batch=data,
+                           teacher=SimpleNamespace(shape=method.setup.shape),
                            draws=lambda step, update, micro: draws(step, update),
                            accelerator=SimpleNamespace(backward=lambda loss: loss.backward()))
 
@@ -174,10 +188,15 @@ def train(method: Method[Any], roles: Roles, optim: Mapping[str, OptimRecipe], s
           data: Callable[[Draws], Batch], watch: Callable[[int, Update], None] | None = None) -> dict[str, int]:
     """The loop of the library without recipe, folder and accelerator. Returns how often each role moved."""
     run = run_of(method, roles, draws, data)
-    optimizers = Optimizers(roles, optim, {**dict.fromkeys(roles.trains, 0), **updates_of(method, steps)})
-    for stage in method.stages(steps):
-        method.enter(stage, roles)
+    stages, begins = [stage for stage in method.stages(steps) if stage.steps], 0
+    optimizers = Optimizers(roles, optim, {**dict.fromkeys(roles.trains, 0), **updates_of(method, steps)}, restarts_of(method, stages))
     for step in range(steps):
+        if step == begins:
+            stage = stages.pop(0)
+            method.enter(stage, roles)
+            for name in stage.resets:
+                optimizers.reset(name)
+            begins += stage.steps
         batches: list[Any] = []
         for index, update in enumerate(method.plan(step)):
             batches, _ = run_update(run, step, index, update, batches)
@@ -187,6 +206,20 @@ def train(method: Method[Any], roles: Roles, optim: Mapping[str, OptimRecipe], s
             if watch:
                 watch(step, update)
     return optimizers.counts
+
+
+def distil(method: Method[Any], teacher: MixtureTeacher, start: Denoiser, optim: dict[str, OptimRecipe], steps: int, batch: int,
+           seed: int = 0) -> Roles:
+    """Train every role from `start` against the exact teacher."""
+    needs, streams, dim = method.needs(method.cfg), method.data(method.cfg), teacher.means[0].numel()
+    roles = toy_roles(needs, Oracle(teacher).denoiser(), start, seed)
+
+    def clean(noise: Noise) -> Tensor:
+        return teacher.data(batch, torch.Generator().manual_seed(noise.seeds[0])).reshape(batch, dim).float()
+
+    train(method, roles, {name: optim[name] for name in roles.trains}, steps,
+          lambda step, update: FastDraws(seed, range(batch), step, update), lambda draws: toy_data(streams, draws, clean))
+    return roles
 
 
 def draw_student(student: Denoiser, method: Method[Any], count: int, shape: tuple[int, ...], seed: int = 77) -> Tensor:

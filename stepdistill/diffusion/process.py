@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -171,6 +172,39 @@ class Karras(NoiseProcess):
     def time_of(self, log_snr: Tensor) -> Tensor:
         root = torch.exp(-_f64(log_snr) / (2 * self.rho))
         return ((root - self.low) / (self.high - self.low)).clamp(0, 1)
+
+
+class Framed(NoiseProcess):
+    """Another process whose states are divided by alpha + sigma ("flow": the two then add up to 1) or by sqrt(alpha² + sigma²) ("vp").
+
+    Times and SNR stay. A network may be fed in such a frame while its scheduler keeps x0 + sigma·eps (EDM's c_in, Cosmos 2) or TrigFlow.
+    """
+
+    def __init__(self, inner: NoiseProcess, frame: Literal["flow", "vp"]):
+        self.inner, self.frame = inner, frame
+
+    def divisor(self, t: Tensor) -> Tensor:
+        """The inner process's state over ours, float64."""
+        alpha, sigma = self.inner.alpha(t), self.inner.sigma(t)
+        return alpha + sigma if self.frame == "flow" else (alpha.square() + sigma.square()).sqrt()
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.inner.alpha(t) / self.divisor(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.inner.sigma(t) / self.divisor(t)
+
+    def prior_std(self, t: Tensor) -> Tensor:
+        return self.inner.prior_std(t) / self.divisor(t)
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma, n = self.alpha(t), self.sigma(t), self.divisor(t)
+        rises = self.inner.rates(t)
+        grows = rises[0] + rises[1] if self.frame == "flow" else alpha * rises[0] + sigma * rises[1]                # d divisor/dt
+        return (rises[0] - alpha * grows) / n, (rises[1] - sigma * grows) / n
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return self.inner.time_of(log_snr)
 
 
 class TableVP(NoiseProcess):

@@ -34,6 +34,8 @@ class SamplerSpec:
     `times` descend from the start; the sample is the x0 of the last one. `renoise` (eta, gamma): 1 re-noises x0 with fresh noise, as
     students trained for the endpoint need; 0 follows the ODE with `solver`; between, the step falls to (1 - renoise)·next and is
     noised up again (trajectory S6). `clip_x0` clamps x0 after each call. `guidance` is w in null + w·(cond - null); 1 is none.
+    `known_noise`: the first step along the ODE takes its noise from the state, which is nothing else, and only x0 from the network
+    (Imagine Flash, Kohler et al. 2024). It changes nothing where alpha is 0 at the start.
     """
 
     times: tuple[float, ...]
@@ -41,6 +43,7 @@ class SamplerSpec:
     solver: Solver = "ddim"
     clip_x0: float | None = None
     guidance: float = 1.0
+    known_noise: bool = False
 
     def __post_init__(self) -> None:
         if not self.times or not all(0 < b < a <= 1 for a, b in zip(self.times, (*self.times[1:], 0.5 * self.times[-1]), strict=True)):
@@ -53,6 +56,8 @@ class SamplerSpec:
             raise ValueError(f"solver {self.solver!r} follows the ODE: it needs renoise 0, got {self.renoise}")
         if self.clip_x0 is not None and not self.clip_x0 > 0:
             raise ValueError(f"clip_x0 is the largest absolute value of x0 and must be positive, got {self.clip_x0}")
+        if self.known_noise and (self.renoise > 0 or self.solver != "ddim"):
+            raise ValueError(f"known_noise is a step of ddim: it needs that solver and renoise 0, got {self.solver} and {self.renoise}")
 
     @property
     def nfe(self) -> int:
@@ -99,6 +104,14 @@ def start(process: NoiseProcess, spec: SamplerSpec, z: Tensor) -> Tensor:
     return like(process.prior_std(torch.tensor(spec.times[0], dtype=torch.float64)), z) * z
 
 
+def call(net: Net, spec: SamplerSpec, x_t: Tensor, t: Tensor, cond: Any) -> Prediction:
+    """The sampler's prediction at states x_t (B, ...) and times t (B,): guided and clipped as `spec` says."""
+    pred = net(x_t, t, cond, w=spec.guidance)
+    if spec.clip_x0 is None:
+        return pred
+    return from_x0(pred.x0.clamp(-spec.clip_x0, spec.clip_x0), pred.x_t, pred.alpha, pred.sigma)
+
+
 def steps(net: Net, x: Tensor, spec: SamplerSpec, cond: Any, draws: Draws, *, grad: Callable[[int], bool] | None = None,
           noise: Callable[[int], Tensor] | None = None) -> Iterator[Step]:
     """Walk the trajectory from state x at spec.times[0]. Lazy: stop iterating and no further call is made.
@@ -113,9 +126,7 @@ def steps(net: Net, x: Tensor, spec: SamplerSpec, cond: Any, draws: Draws, *, gr
         keep = bool(grad and grad(i))
         x = x if keep else x.detach()                                    # or whatever is read of pred later would differentiate x_t alone
         with torch.set_grad_enabled(keep):
-            pred = net(x, t, cond, w=spec.guidance)
-            if spec.clip_x0 is not None:
-                pred = from_x0(pred.x0.clamp(-spec.clip_x0, spec.clip_x0), pred.x_t, pred.alpha, pred.sigma)
+            pred = call(net, spec, x, t, cond)
             x0, x_next = pred.x0, None
             if later is not None:
                 r = torch.tensor(later, dtype=torch.float64, device=x.device)
@@ -124,6 +135,8 @@ def steps(net: Net, x: Tensor, spec: SamplerSpec, cond: Any, draws: Draws, *, gr
                 elif spec.renoise > 0:
                     low = r * (1 - spec.renoise)
                     x_next = process.travel(jump(pred, process, low), fresh(i), low, r)
+                elif spec.known_noise and i == 0:
+                    x_next = process.add_noise(x0, x / like(process.prior_std(t), x), r)
                 elif spec.solver == "heun":
                     x_next = heun(lambda x_r, at: net(x_r, at.expand(len(x_r)), cond, w=spec.guidance), pred, process, r)
                 else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ def jump(pred: Prediction, process: NoiseProcess, r: Tensor) -> Tensor:
     Song et al. 2021 (DDIM), eq. 12 with eta = 0.
     """
     return like(process.alpha(r), pred.x_t) * pred.x0 + like(process.sigma(r), pred.x_t) * pred.eps
+
+
+def jump_or_stay(pred: Prediction, process: NoiseProcess, r: Tensor, s: Tensor) -> Tensor:
+    """The jump of a prediction made at time r to s, and the state itself where s is r.
+
+    `jump` says so, too, but where the network speaks x0 and r is clean: eps is then 0/0. r and s are (B,).
+    """
+    return torch.where(like(s == r, pred.x_t).bool(), pred.x_t, jump(pred, process, s))
 
 
 def heun(predict: Predict, pred: Prediction, process: NoiseProcess, r: Tensor) -> Tensor:
@@ -52,3 +61,15 @@ def dpmpp_2m(pred: Prediction, before: Prediction | None, process: NoiseProcess,
     slope = like(h / (2 * h_before), pred.x_t)
     x0 = (1 + slope) * pred.x0 - slope * before.x0
     return like(sigma_r / pred.sigma, pred.x_t) * pred.x_t - like(alpha_r * torch.expm1(-h), pred.x_t) * x0
+
+
+def follow(predict: Predict, x: Tensor, t: Tensor, r: Tensor, count: int, process: NoiseProcess,
+           solver: Literal["ddim", "heun"] = "ddim") -> Tensor:
+    """Where `count` equal steps of t take x (B, ...) from times t to r, both (B,) or scalar; heun calls twice a step.
+
+    At r = 0 the last state is x0 on a process that is clean there, and x0 with its smallest noise (sigma .002) on Karras.
+    """
+    for i in range(count):
+        pred, later = predict(x, t + (r - t) * (i / count)), t + (r - t) * ((i + 1) / count)
+        x = heun(predict, pred, process, later) if solver == "heun" else jump(pred, process, later)
+    return x

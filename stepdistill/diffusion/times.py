@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class Uniform:
         """(B,) float64, or a scalar for shared draws."""
         return shift(noise.uniform(self.low, self.high), self.shift)
 
+    def below(self, t: float) -> Uniform:
+        """The same, cut off at time t in (0, 1]: the bounds move in the unshifted variable, and what is drawn stays below t."""
+        u = float(shift(torch.tensor(t, dtype=torch.float64), 1 / self.shift))
+        return replace(self, low=min(self.low, u), high=min(self.high, u))
+
 
 @dataclass(frozen=True)
 class LogitNormal:
@@ -43,6 +48,35 @@ class LogitNormal:
     def sample(self, noise: Noise) -> Tensor:
         """(B,) float64, or a scalar for shared draws."""
         return torch.sigmoid(self.mean + self.std * noise.normal(dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """kappa = sigma/alpha with ln kappa = mean + std·z (EDM, Karras et al. 2022, table 1)."""
+
+    mean: float = -1.1
+    std: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise ValueError(f"a log-normal law needs std > 0, got {self.std}")
+
+    def sample(self, noise: Noise) -> Tensor:
+        """(B,) float64 in (0, inf), or a scalar for shared draws."""
+        return (self.mean + self.std * noise.normal(dtype=torch.float64)).exp()
+
+    def share(self, kappa: Tensor) -> Tensor:
+        """P(at most kappa) up to a constant factor and summand, as iCT weighs its intervals: erf((ln kappa - mean)/(sqrt(2)·std))."""
+        return torch.erf((kappa.log() - self.mean) / (math.sqrt(2) * self.std))
+
+
+def neighbours(noise: Noise, points: int, skip: int = 1) -> tuple[Tensor, Tensor]:
+    """(t, r): a point of the grid n/points, drawn evenly above 0, and the one `skip` below it, or 0 (LCM, Luo et al. 2023).
+
+    float64, (B,) or scalars. Fifty points of a 1000-step table are the indices 19, 39, ..., 999.
+    """
+    n = 1 + noise.integers(points)
+    return n.double() / points, (n - skip).clamp_min(0).double() / points
 
 
 def trailing(count: int, shift_by: float = 1.0) -> tuple[float, ...]:

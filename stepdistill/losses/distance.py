@@ -22,7 +22,7 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
 
 
 def pseudo_huber_norm(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
-    """sqrt(|d|² + c²) - c of the whole sample (iCT, Song & Dhariwal 2023, eq. 8); c defaults to 0.00054·sqrt(dim)."""
+    """sqrt(|d|² + c²) - c of the whole sample (iCT, Song & Dhariwal 2023, eq. 8); c defaults to 0.00054·sqrt(dim), 0 is the plain norm."""
     d = _difference(a, b)
     c = 0.00054 * d.shape[1] ** 0.5 if c is None else c
-    return (d.square().sum(1) + c * c).sqrt() - c
+    return (d.square().sum(1) + c * c).sqrt() - c if c else d.norm(dim=1)                # whose gradient at d = 0 is 0, not nan

@@ -7,13 +7,41 @@ from typing import Any
 
 from stepdistill.methods.base import Method
 from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.decoupled_dmd import DecoupledDMD
 from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.dp_dmd import DPDMD
+from stepdistill.methods.ect import ECT
+from stepdistill.methods.imagine_flash import ImagineFlash
+from stepdistill.methods.lcm import LCM
+from stepdistill.methods.pcm import PCM
+from stepdistill.methods.pgsb import PGSB
+from stepdistill.methods.phased_dmd import PhasedDMD
+from stepdistill.methods.polish import Polish
+from stepdistill.methods.progressive import Progressive
 from stepdistill.methods.sid import SiD
+from stepdistill.methods.swiftbrush import SwiftBrush
+from stepdistill.methods.tcd import TCD
+from stepdistill.methods.tdd import TDD
+from stepdistill.methods.tdm import TDM
 
 METHODS: dict[str, type[Method[Any]]] = {
     "consistency": Consistency,
+    "decoupled_dmd": DecoupledDMD,
     "dmd2": DMD2,
+    "dp_dmd": DPDMD,
+    "ect": ECT,
+    "imagine_flash": ImagineFlash,
+    "lcm": LCM,
+    "pcm": PCM,
+    "pgsb": PGSB,
+    "phased_dmd": PhasedDMD,
+    "polish": Polish,
+    "progressive": Progressive,
     "sid": SiD,
+    "swiftbrush": SwiftBrush,
+    "tcd": TCD,
+    "tdd": TDD,
+    "tdm": TDM,
 }
 
 

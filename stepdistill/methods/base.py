@@ -49,10 +49,14 @@ class Sample:
 
 @dataclass
 class Batch(Mapping[str, Sample]):
-    """Samples keyed by stream. `scratch` is handed on to an update that reuses this batch (a detached rollout, say)."""
+    """Samples keyed by stream. `scratch` is handed on to an update that reuses this batch (a detached rollout, say).
+
+    `shape` is that of one state, where a run has several sizes; the loop sets `Setup.shape` to it. None: the run's only one.
+    """
 
     streams: Mapping[str, Sample]
     scratch: dict[str, Tensor] = field(default_factory=dict)
+    shape: tuple[int, ...] | None = None
 
     def __getitem__(self, name: str) -> Sample:
         return self.streams[name]
@@ -75,7 +79,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training. On entering it `Method.enter` is called and the optimizers of `resets` start afresh."""
+    """A stretch of training. On entering it `Method.enter` is called and the optimizers of `resets` start afresh, schedules too."""
 
     name: str
     steps: int

@@ -1,29 +1,33 @@
-"""Polish: a finished few-step student learns to do by itself what one small step of its teacher would still improve.
+"""Polish: a finished few-step student learns to end as its teacher would, with a call at a small time s.
 
-The principle is progressive distillation's, two sampler steps become one (Salimans & Ho, 2022, https://arxiv.org/abs/2202.00512, algorithm 2); the pair is ours:
+The principle is progressive distillation's, one network learns what two do in turn (Salimans & Ho, 2022,
+https://arxiv.org/abs/2202.00512); the pair, a student and its teacher, is ours:
 
-    before    the student as this run finds it, frozen
-    x_t       the state before call n of before's own sampler, n drawn once for all samples
-    y         before(x_t);  at the last call  y <- teacher(alpha_s·y + sigma_s·eps)
-    student   <- |student(x_t) - y|²
+    student   <- |x0 - y|²
+    where     x0 = call n of the student's own sampler, at state x_t and time t, n drawn once for all samples
+              y  = teacher(x_t, t) where t <= s, else before(x_t, t): the student as this run found it, frozen
+              where no call has t <= s, the teacher's comes after the last:  y <- teacher(alpha_s·y + sigma_s·eps, s)
 
-Everything is x0, guided as the recipe says where it is the teacher's. Students trained by score differences carry a fine grain that a
-teacher's call at a small s removes: there it answers with the mean of what the noise hides. The target is a fixed function of the
-starting noise but for eps, so plain least squares finds it, and its gradient fades on arrival where a normalised one does not. Needs
-`start: RUN` or `student.weights`: polishing the untrained copy of a teacher teaches it its own one-step mean.
+So further calls can be added to a student (times [0.4] become [0.4, 0.1, 0.02]), or the teacher's last touch folded into the calls it has.
+Students trained by score differences carry a fine grain that a teacher's call at small s removes: there it answers with the mean of what
+the noise hides. The target is a fixed function of the starting noise but for eps, so plain least squares finds it, and its gradient fades
+on arrival where a normalised one does not. Nothing but conditions is read. Needs `start: RUN` or `student.weights`: polishing the untrained
+copy of a teacher teaches it its own one-step mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.sampler import SamplerSpec, one_call, steps
+from stepdistill.diffusion.sampler import SamplerSpec, Step, one_call
 from stepdistill.losses.distance import l2
 from stepdistill.methods.base import Batch, Loss, Method, Stage
+from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
 
 
@@ -31,7 +35,7 @@ from stepdistill.models.roles import Role, Roles
 class PolishConfig:
     """The default time is the best of three on the fashion teacher (docs/findings.md)."""
 
-    time: float = 0.02                              # s: where the teacher is called, in (0, 1)
+    time: float = 0.02                              # s: at and below it the teacher is the target, in (0, 1)
 
     def __post_init__(self) -> None:
         if not 0 < self.time < 1:
@@ -39,7 +43,7 @@ class PolishConfig:
 
 
 class Polish(Method[PolishConfig]):
-    title, arxiv, family = "Polish of a finished student", "2202.00512", "trajectory"
+    title, arxiv, family = "Polish of a finished student", "2202.00512", "finishing"
     Config = PolishConfig
 
     @classmethod
@@ -52,15 +56,24 @@ class Polish(Method[PolishConfig]):
     def sampler(self) -> SamplerSpec:
         return self.setup.sampler
 
+    @torch.no_grad()
+    def target(self, m: Roles, call: Step, cond: Conditioning, draws: Draws) -> Tensor:
+        """y (B, ...) of this call, bounded as the sampler bounds x0."""
+        x_t, t, times = call.pred.x_t, call.t, self.sampler().times
+        if times[call.index] <= self.cfg.time:
+            return self.bounded(m.teacher(x_t, t, cond).x0)
+        y = self.bounded(m.before(x_t, t, cond).x0)
+        if call.index < len(times) - 1:
+            return y
+        s = torch.full_like(t, self.cfg.time)
+        return self.bounded(m.teacher(self.process.add_noise(y, draws.each("eps").normal_like(y), s), s, cond).x0)
+
+    def bounded(self, x0: Tensor) -> Tensor:
+        bound = self.sampler().clip_x0
+        return x0 if bound is None else x0.clamp(-bound, bound)
+
     def student_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
-        spec, cond = self.sampler(), batch["main"].cond
-        call = one_call(m.before, spec, cond, draws, self.setup.shape, grad=False)
-        y, x_t = call.x0, call.pred.x_t
-        if call.index == len(spec.times) - 1:
-            s = torch.tensor(self.cfg.time, dtype=torch.float64, device=y.device).expand(len(y))
-            with torch.no_grad():
-                y = m.teacher(self.process.add_noise(y, draws.each("eps").normal_like(y), s), s, cond).x0
-        alone = replace(spec, times=(spec.times[call.index],))
-        x0 = next(steps(m.student, x_t, alone, cond, draws, grad=lambda i: True)).x0
-        distance = l2(x0, y if spec.clip_x0 is None else y.clamp(-spec.clip_x0, spec.clip_x0)).mean()
-        return Loss(distance, {"distance": distance, "moved": l2(x0.detach(), call.x0).mean()})
+        cond = batch["main"].cond
+        call = one_call(m.student, self.sampler(), cond, draws, self.setup.shape, grad=True)
+        distance = l2(call.x0, self.target(m, call, cond, draws)).mean()
+        return Loss(distance, {"distance": distance, "x0_std": call.x0.detach().std()})

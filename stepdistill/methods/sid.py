@@ -31,7 +31,7 @@ from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.matching import sid_loss
 from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Stream, Update
-from stepdistill.methods.critic import critic_loss
+from stepdistill.methods.critic import critic_loss, dropped
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
 
@@ -84,8 +84,8 @@ class SiD(Method[SiDConfig]):
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cfg, cond = self.cfg, batch["main"].cond
-        if cfg.fake_guidance not in (0, 1) and float(draws.shared("drop").uniform()) < cfg.dropout:
-            cond = cond.null
+        if cfg.fake_guidance not in (0, 1):
+            cond = dropped(cond, cfg.dropout, draws)
         return critic_loss(m, self.process, self.rollout(m, cond, draws, grad=False), cond, cfg.fake_times, draws,
                            w=cfg.fake_guidance if cfg.fake_guidance >= 0 else 1.0,
                            real=batch["real"] if cfg.gan_weight else None, disc_weight=cfg.disc_weight)

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stepdistill.diffusion.draws import Noise
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.process import like
+
+
+@dataclass(frozen=True)
+class Band:
+    """Guidance scales w, drawn evenly from [low, high]. Papers that write cond + w'·(cond - null) have w' = w - 1."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.high:
+            raise ValueError(f"a band of guidance needs low <= high, got {self.low} and {self.high}")
+
+    def sample(self, noise: Noise) -> Tensor:
+        """(B,) float64, or a scalar for shared draws."""
+        return noise.uniform(self.low, self.high)
 
 
 def _norm(limit: float, axis: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from stepdistill.data.cache import Cache, Wanted
+from stepdistill.data.cache import Cache, Wanted, divided, fill_all
 from stepdistill.data.pictures import Picture, read_pictures
 from stepdistill.data.prompts import read_prompts
-from stepdistill.data.streams import Source, captioned_source, source, wants_pictures
+from stepdistill.data.streams import Buckets, Source, captioned_source, source, wants_pictures
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods import find
 from stepdistill.methods.base import Batch, Method, Setup, Stage, Stream, Update
 from stepdistill.models.adapters import checkpoint_activations
 from stepdistill.models.attention import switch
+from stepdistill.models.discriminator import MapHead
 from stepdistill.models.load import Teacher, is_prompted, load_teacher
+from stepdistill.models.prompted import PromptTeacher
 from stepdistill.models.roles import Roles
 from stepdistill.models.weights import begin_as
 from stepdistill.recipe import Recipe
@@ -40,7 +42,7 @@ class Run:
     teacher: Teacher
     method: Method[Any]
     roles: Roles
-    source: Source
+    source: Source | Buckets
     streams: Mapping[str, Stream]
     stages: Sequence[Stage]
     optim: Optimizers
@@ -66,17 +68,12 @@ class Run:
         raise ValueError(f"step {step} lies past the last stage")
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors a checkpoint holds. The teacher is not among them unless a method changes it."""
-        named = {f"role/{name}/{key}": value for name in self.roles.names if name != "teacher" or self.teacher_changes
+        """All tensors a checkpoint holds. The teacher is not among them: no method changes it."""
+        named = {f"role/{name}/{key}": value for name in self.roles.names if name != "teacher"
                  for key, value in self.roles.module(name).state_dict().items()}
         if self.ema:
             named |= {f"ema/{key}": value for key, value in self.ema.network.state_dict().items()}
         return named | {f"optim/{key}": value for key, value in self.optim.tensors().items()} | {"rng": torch.get_rng_state()}
-
-    @property
-    def teacher_changes(self) -> bool:
-        """Several stages may replace the teacher (progressive distillation)."""
-        return len(self.stages) > 1
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Inverse of `tensors`, with the counts and the method's state from the checkpoint's JSON."""
@@ -125,31 +122,48 @@ def updates_of(method: Method[Any], steps: int) -> dict[str, int]:
     return counts
 
 
+def restarts_of(method: Method[Any], stages: Sequence[Stage]) -> dict[str, list[int]]:
+    """At which of its updates each role's schedule starts afresh: where a stage resets its optimizer."""
+    found: dict[str, list[int]] = {}
+    first = 0
+    for stage in stages:
+        for name in stage.resets:
+            found.setdefault(name, []).append(updates_of(method, first).get(name, 0))
+        first += stage.steps
+    return found
+
+
 def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     """Build a run. Everything a recipe can get wrong is found here, before any file is written: ValueError or FileNotFoundError."""
     processes = accelerator.num_processes
     if recipe.batch_size % (processes * recipe.accumulate):
         raise ValueError(f"batch_size {recipe.batch_size} cannot be divided over {processes} processes x accumulate {recipe.accumulate}")
     cls, config = find(recipe.method["name"]), recipe.method_config
-    prompts, pictures = texts_of(recipe)
-    cache = cache_of(recipe, prompts, pictures) if recipe.data.cache else None
-    if cache and processes > 1 and not cache.complete:
-        raise ValueError(f"data.cache {cache.folder} is not complete: fill it in one process first, with stepdistill cache")
-    if cache:
-        cache.fill(accelerator.device)
+    parts = parts_of(recipe)
+    fill_all([part.cache for part in parts if part.cache], accelerator.device)
+    kept = [part.cache.kept() if part.cache else None for part in parts]
+    if any(k is not None and k.learnt is None for k in kept):                   # the encoders are loaded: every size is recorded with them
+        kept = [k and replace(k, learnt=None) for k in kept]
     teacher = load_teacher(recipe.teacher.path, device=accelerator.device, autocast=AUTOCAST[recipe.precision], dtype=dtype_of(recipe),
-                           guidance=recipe.guidance, taps=recipe.student.taps, prompts=(*prompts, *(p.caption for p in pictures)),
-                           call=recipe.teacher.call, kept=cache.kept() if cache else None, loras=recipe.teacher.loras,
-                           quantize=recipe.teacher.quantize)
+                           guidance=recipe.guidance, taps=recipe.student.taps, prompts=parts[0].texts, call=parts[0].call, kept=kept[0],
+                           loras=recipe.teacher.loras, quantize=recipe.teacher.quantize)
+    data: Source | Buckets
+    if isinstance(teacher, PromptTeacher):
+        teachers = [teacher, *(teacher.at(part.call, part.texts, k) for part, k in zip(parts[1:], kept[1:], strict=True))]
+        sources = [part.source(one) for part, one in zip(parts, teachers, strict=True)]
+        data = sources[0] if len(sources) == 1 else Buckets(sources)
+        teacher = teacher if len(sources) == 1 else teacher.of_sizes(teachers[1:])
+    else:
+        data = source(teacher, cls.data(config), _world(recipe.teacher.path), recipe.data.folder)
     torch.manual_seed(recipe.seed)
     method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.sampler))
     method.sampler()                                                            # a wrong grid speaks up before anything is built
     needs, streams = cls.needs(config), cls.data(config)
-    if is_prompted(Path(recipe.teacher.path)):
-        data = Source(teacher, cache.states(), len(prompts)) if cache else captioned_source(teacher, len(prompts), pictures)
-    else:
-        data = source(teacher, streams, _world(recipe.teacher.path), recipe.data.folder)
     roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed, recipe.lora)
+    heads = (head for name in roles.heads for head in roles.module(name).modules())
+    if len(parts) > 1 and any(isinstance(head, MapHead) for head in heads):
+        raise ValueError("data.buckets: the discriminator of a U-Net reads maps of one size; leave the buckets out, or train without it "
+                         "(method.gan_weight=0)")
     if recipe.student.weights:
         begin_as(roles.denoisers["student"], recipe.student.weights, teacher.component)
     for network in {id(d.network): d.network for d in roles.denoisers.values()}.values():
@@ -168,11 +182,64 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     if sum(stage.steps for stage in stages) != recipe.steps:
         raise ValueError(f"the stages of {recipe.method['name']} must add up to steps {recipe.steps}")
     horizons = {**dict.fromkeys(roles.trains, 0), **updates_of(method, recipe.steps)}
-    optim = Optimizers(roles, recipe.optim, horizons)
+    optim = Optimizers(roles, recipe.optim, horizons, restarts_of(method, stages))
     ema = Ema(roles.module("student"), recipe.ema_decay) if recipe.ema_decay else None
     if processes > 1:
         roles.wrap(accelerator.prepare_model)
     return Run(recipe, accelerator, teacher, method, roles, data, streams, stages, optim, ema)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a run reads at one size of picture: the keywords of its pipeline, prompts, captioned pictures, and the cache of both."""
+
+    call: Mapping[str, Any]
+    prompts: tuple[str, ...]
+    pictures: tuple[Picture, ...]
+    cache: Cache | None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts, and behind them the captions."""
+        return *self.prompts, *(picture.caption for picture in self.pictures)
+
+    def source(self, teacher: Teacher) -> Source:
+        """Its batches, for a teacher of these texts at this size."""
+        if self.cache:
+            return Source(teacher, self.cache.states(), len(self.prompts))
+        return captioned_source(teacher, len(self.prompts), self.pictures)
+
+
+def parts_of(recipe: Recipe) -> tuple[Part, ...]:
+    """One part, or with data.buckets one for each size that has samples, the size of teacher.call first.
+
+    A picture is in the bucket nearest to its aspect. Prompts take turns: each belongs to one size, as a picture does. ValueError where
+    a size would have none, or teacher.call's no picture.
+    """
+    (prompts, pictures), buckets = texts_of(recipe), recipe.data.buckets
+    if not buckets:
+        return (_part_of(recipe, prompts, pictures, None),)
+    if not is_prompted(Path(recipe.teacher.path)):
+        raise ValueError(f"data.buckets is for pipelines that take prompts, and {recipe.teacher.path} takes none: leave it out")
+    own = recipe.teacher.call["height"], recipe.teacher.call["width"]
+    sizes = (own, *(size for size in buckets if size != own))
+    placed = divided(pictures, sizes, recipe.data.folder, recipe.data.cache)
+    used = sorted(set(placed)) if pictures else list(range(len(sizes)))
+    if 0 not in used:
+        raise ValueError(f"data.buckets: no picture is nearest to {own[0]}x{own[1]}, the size of teacher.call: set that to one with some")
+    if prompts and len(prompts) < len(used):
+        raise ValueError(f"data.buckets: {len(used)} sizes and {len(prompts)} prompts, each of which belongs to one: name more prompts")
+    return tuple(_part_of(recipe, prompts[turn :: len(used)], tuple(p for p, at in zip(pictures, placed, strict=True) if at == number),
+                       sizes[number]) for turn, number in enumerate(used))
+
+
+def _part_of(recipe: Recipe, prompts: tuple[str, ...], pictures: tuple[Picture, ...], size: tuple[int, int] | None) -> Part:
+    cache = cache_of(recipe, prompts, pictures, size) if recipe.data.cache else None
+    return Part(_call(recipe, size), prompts, pictures, cache)
+
+
+def _call(recipe: Recipe, size: tuple[int, int] | None) -> Mapping[str, Any]:
+    return recipe.teacher.call if size is None else {**recipe.teacher.call, "height": size[0], "width": size[1]}
 
 
 def texts_of(recipe: Recipe) -> tuple[tuple[str, ...], tuple[Picture, ...]]:
@@ -191,13 +258,17 @@ def texts_of(recipe: Recipe) -> tuple[tuple[str, ...], tuple[Picture, ...]]:
     return (texts, pictures) if reads else (tuple(p.caption for p in pictures), ())
 
 
-def cache_of(recipe: Recipe, prompts: Sequence[str], pictures: Sequence[Picture]) -> Cache:
-    """The cache that a recipe names, of these texts and pictures. ValueError where it names none, or one made of something else."""
+def cache_of(recipe: Recipe, prompts: Sequence[str], pictures: Sequence[Picture], size: tuple[int, int] | None = None) -> Cache:
+    """The cache that a recipe names, of these texts and pictures; a bucket of this size (H, W) has a folder of its own in it.
+
+    ValueError where it names none, or one made of something else.
+    """
     if recipe.data.cache is None:
         raise ValueError("name a folder for the cache with data.cache")
+    folder = recipe.data.cache if size is None else recipe.data.cache / f"{size[0]}x{size[1]}"
     texts = (*prompts, *(picture.caption for picture in pictures))
-    return Cache(recipe.data.cache, Wanted(Path(recipe.teacher.path), recipe.teacher.call, dtype_of(recipe), recipe.guidance, texts,
-                                           tuple(pictures), recipe.data.folder, recipe.teacher.loras, recipe.teacher.quantize))
+    return Cache(folder, Wanted(Path(recipe.teacher.path), _call(recipe, size), dtype_of(recipe), recipe.guidance, texts,
+                                tuple(pictures), recipe.data.folder, recipe.teacher.loras, recipe.teacher.quantize))
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -220,6 +291,7 @@ def run_update(run: Run, step: int, index: int, update: Update, before: Sequence
         draws = run.draws(step, index, micro)
         batch = before[micro] if update.reuse else run.batch(draws)
         batches.append(batch)
+        run.method.setup = replace(run.method.setup, shape=batch.shape or run.teacher.shape)
         with roles.no_sync(update.trains, unless=micro == recipe.accumulate - 1):
             loss = run.method.loss(update, roles, batch, draws)
             run.accelerator.backward(loss.value / recipe.accumulate)

@@ -55,15 +55,17 @@ def check_weights_can_move(roles: Roles, name: str, lr: float) -> None:
 class Optimizers:
     """Steps, clipping, learning rates and counts of every trained role."""
 
-    def __init__(self, roles: Roles, recipes: Mapping[str, OptimRecipe], horizons: Mapping[str, int]):
-        self.roles, self.recipes, self.horizons = roles, recipes, horizons
+    def __init__(self, roles: Roles, recipes: Mapping[str, OptimRecipe], horizons: Mapping[str, int],
+                 restarts: Mapping[str, Sequence[int]] | None = None):
+        """`horizons` are the updates of each role; at those of `restarts` its schedule starts afresh and ends at the next."""
+        self.roles, self.recipes, self.horizons, self.restarts = roles, recipes, horizons, restarts or {}
         for name in roles.trains:
             check_weights_can_move(roles, name, recipes[name].lr)
         self.counts = dict.fromkeys(roles.trains, 0)
         self._optimizers = {name: make(roles.parameters(name), recipes[name]) for name in roles.trains}
 
     def reset(self, name: str) -> None:
-        """Forget a role's moments; its count goes on."""
+        """Forget a role's moments; its count goes on, and `restarts` say what becomes of its schedule."""
         self._optimizers[name] = make(self.roles.parameters(name), self.recipes[name])
 
     def step(self, names: Sequence[str]) -> dict[str, float]:
@@ -75,7 +77,7 @@ class Optimizers:
         if all(math.isfinite(n) for n in norms.values()):
             for name in names:
                 for group in self._optimizers[name].param_groups:
-                    group["lr"] = rate(self.recipes[name], self.counts[name], self.horizons[name])
+                    group["lr"] = self._rate(name)
                 self._optimizers[name].step()
                 self.counts[name] += 1
         for optimizer in self._optimizers.values():
@@ -84,7 +86,12 @@ class Optimizers:
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each role's next update."""
-        return {name: rate(self.recipes[name], self.counts[name], self.horizons[name]) for name in self.counts}
+        return {name: self._rate(name) for name in self.counts}
+
+    def _rate(self, name: str) -> float:
+        count, marks = self.counts[name], (0, *self.restarts.get(name, ()), self.horizons[name])
+        begin = max(mark for mark in marks[:-1] if mark <= count)
+        return rate(self.recipes[name], count - begin, min((mark for mark in marks if mark > begin), default=begin) - begin)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every moment, flat. Whole numbers (8-bit Adam's own count) become integer tensors and come back from them."""

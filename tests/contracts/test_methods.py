@@ -32,7 +32,22 @@ VARIANTS: dict[str, list[dict]] = {                       # other configurations
     "dmd2": [{"gan_weight": 0.0}, {"features": "teacher"}, {"fake_updates": 2}],
     "sid": [{"split": True, "alpha": 1.2}, {"gan_weight": 0.1, "fake_guidance": -1.0}, {"fake_guidance": 2.0, "fake_updates": 2}],
     "consistency": [{"target": "student", "solver": "heun", "huber": 0.0}],
+    "lcm": [{"target": "ema", "guidance": {"low": 1.0, "high": 3.0}, "points": 1000, "skip": 20, "huber": 0.0}],
+    "tcd": [{"target": "ema", "guidance": {"low": 1.0, "high": 3.0}, "huber": 0.0}],
+    "tdd": [{"dropout": 0.0, "eta": 0.0, "huber": 0.0}],
+    "pcm": [{"gan_weight": 0.1, "guidance": {"low": 1.0, "high": 3.0}, "dropout": 0.1, "points": 20}],
+    "ect": [{"curriculum": "ict", "huber": None}, {"q": 4.0, "double_every": 1, "huber": 0.1}],
+    "progressive": [{"start": 8}],
+    "swiftbrush": [{"fake_updates": 2, "dropout": 0.5}],
+    "pgsb": [{"fake_updates": 2, "guidance_low": 1.0}],
+    "decoupled_dmd": [{"fake_updates": 1, "ca_times": {"low": 0.02, "high": 0.98, "shift": 3.0}}],
+    "dp_dmd": [{"fake_updates": 2, "teacher_steps": 4, "anchor_steps": 1}],
+    "tdm": [{"fake_target": "tdm", "huber": 0.0, "fake_updates": 2}],
+    "imagine_flash": [{"noise": "fresh", "noise_correction": False, "teacher_steps": 2},
+                      {"shifted": False, "solver": "heun", "teacher_steps": 2}],
+    "phased_dmd": [{"phases": 1, "fake_updates": 1}],
 }
+LEAST = {"phased_dmd": 2}                                   # steps of a student below which a method has nothing to do
 CASES = [pytest.param(name, options, id=" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
          for name in METHODS for options in ({}, *VARIANTS.get(name, []))]
 every_case = pytest.mark.parametrize(("name", "options"), CASES)
@@ -56,7 +71,7 @@ def make(name: str, options: Mapping, kind: str = "eps", steps: int = 1, guidanc
                 generator = torch.Generator().manual_seed(len(role))
                 for p in roles.parameters(role):
                     p.add_(0.02 * torch.randn(p.shape, generator=generator))
-    return cls(cfg, Setup(process, (1, 8, 8), SamplerSpec(trailing(steps)))), roles
+    return cls(cfg, Setup(process, (1, 8, 8), SamplerSpec(trailing(max(steps, LEAST.get(name, 1)))))), roles
 
 
 class Watched(dict):
@@ -172,10 +187,11 @@ def test_frozen_roles_stay_bit_identical(name, options):
     before = snapshot(roles)
     train(method, roles, optim(roles), 3, draws, data(method))
     after = snapshot(roles)
-    assert all(torch.equal(a, b) for a, b in zip(before["teacher"], after["teacher"], strict=True))
+    for a, b in zip(before.get("teacher", []), after.get("teacher", []), strict=True):               # not every method asks one
+        assert torch.equal(a, b)
     for role in roles.trains:
         assert not all(torch.equal(a, b) for a, b in zip(before[role], after[role], strict=True)), role
-    assert not roles.module("teacher").training
+    assert not any(roles.module(role).training for role in roles.names if role not in roles.trains)
 
 
 @every_case
@@ -264,7 +280,7 @@ def test_sampler(name, options, steps):
     """As many calls as asked for, from pure noise, unguided, and the same after a trip through JSON."""
     method, _ = make(name, options, steps=steps)
     spec = method.sampler()
-    assert len(spec.times) == spec.nfe == steps
+    assert len(spec.times) == spec.nfe == max(steps, LEAST.get(name, 1))
     assert spec.times[0] == 1.0
     assert SamplerSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     cls = find(name)
@@ -276,7 +292,7 @@ def test_sampler(name, options, steps):
 def test_unknown_method():
     with pytest.raises(ValueError, match="did you mean 'dmd2'"):
         find("dmd")
-    with pytest.raises(ValueError, match="known: consistency, dmd2, sid"):
+    with pytest.raises(ValueError, match="known: " + ", ".join(sorted(METHODS))):
         find("zzz")
 
 

@@ -7,11 +7,13 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from oracles import PROCESSES, f64
 
-from stepdistill.diffusion.process import Flow, Karras, LinearVP, TableVP, Trig, at_least_float32, like
+from stepdistill.diffusion.process import Flow, Framed, Karras, LinearVP, TableVP, Trig, at_least_float32, like
 
 TABLES = [name for name, process in PROCESSES.items() if isinstance(process, TableVP)]
 VP = ["trig", "linear_vp", *TABLES]
-every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
+FRAMED = {f"{name} in the {frame} frame": Framed(PROCESSES[name], frame) for name, frame in (
+    ("karras", "flow"), ("karras", "vp"), ("trig", "flow"), ("flow_shift3", "vp"))}
+every_process = pytest.mark.parametrize("process", [*PROCESSES.values(), *FRAMED.values()], ids=[*PROCESSES, *FRAMED])
 
 
 def grid(low: float = 0.0, high: float = 1.0, count: int = 613) -> torch.Tensor:
@@ -263,6 +265,27 @@ def test_add_noise_is_edms():
     x0, eps = states(64)
     ours = Karras().add_noise(x0, eps, 1 - torch.arange(64).double() / 63)
     torch.testing.assert_close(ours, theirs.add_noise(x0, eps, theirs.timesteps), rtol=1e-6, atol=1e-6)
+
+
+def test_add_noise_is_edms_in_the_frame_of_the_network():
+    theirs = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+    theirs.set_timesteps(64)
+    x0, eps = states(64)
+    ours = Framed(Karras(0.004, 160.0), "vp").add_noise(x0 / 0.5, eps, 1 - torch.arange(64).double() / 63)
+    fed = torch.stack([theirs.precondition_inputs(0.5 * x, sigma) for x, sigma in zip(
+        (x0 / 0.5 + theirs.sigmas[:64, None, None] / 0.5 * eps), theirs.sigmas, strict=False)])
+    torch.testing.assert_close(ours, fed, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frame_keeps_times_and_starts_from_the_noise_it_holds():
+    t = grid(0.01, 1.0, 50)
+    for process in FRAMED.values():
+        torch.testing.assert_close(process.log_snr(t), process.inner.log_snr(t), rtol=1e-12, atol=1e-10)
+        torch.testing.assert_close(process.prior_std(t), process.inner.prior_std(t) / process.divisor(t), rtol=1e-12, atol=0)
+    flow, vp = FRAMED["karras in the flow frame"], FRAMED["karras in the vp frame"]
+    torch.testing.assert_close(flow.alpha(t) + flow.sigma(t), torch.ones_like(t), rtol=1e-12, atol=0)
+    torch.testing.assert_close(vp.alpha(t).square() + vp.sigma(t).square(), torch.ones_like(t), rtol=1e-12, atol=0)
+    assert float(flow.prior_std(f64(1.0))) == pytest.approx(80 / 81)
 
 
 def test_trig_is_the_cosine_process():

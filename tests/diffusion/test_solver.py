@@ -10,7 +10,7 @@ from oracles import KINDS, PROCESSES, GaussianTeacher, MixtureTeacher, f64
 
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.process import Flow, TableVP
-from stepdistill.diffusion.solver import dpmpp_2m, heun, jump
+from stepdistill.diffusion.solver import dpmpp_2m, heun, jump, jump_or_stay
 from stepdistill.diffusion.times import trailing
 
 TRIG, FLOW, KARRAS = PROCESSES["trig"], PROCESSES["flow"], PROCESSES["karras"]
@@ -306,3 +306,16 @@ def test_dpmpp_is_diffusers_for_flow(count):
     times = scheduler.sigmas.tolist()
     net, x = MixtureTeacher(Flow(), "flow"), states()
     compare(walk(net, x, f64(times), "dpmpp_2m"), drive(scheduler, net, x, times[:-1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jump_or_stay(kind):
+    """The jump, and the very state where there is none to make, clean ones of a network that speaks x0 among them."""
+    process = TableVP.scaled_linear()
+    r, s = f64([0.0, 0.4, 0.4, 1.0]), f64([0.0, 0.4, 0.1, 0.0])
+    x, raw = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pred = Prediction(raw, kind, x, process.alpha(r), process.sigma(r))
+    landed = jump_or_stay(pred, process, r, s)
+    assert torch.equal(landed[:2], x[:2])
+    torch.testing.assert_close(landed[2:], jump(pred, process, s)[2:], rtol=0, atol=0)
+    torch.testing.assert_close(landed[3], pred.x0[3])

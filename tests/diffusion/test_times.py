@@ -6,7 +6,7 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, L
 from oracles import f64
 
 from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.times import LogitNormal, Uniform, index_grid, lcm_grid, shift, to_index, trailing
+from stepdistill.diffusion.times import LogitNormal, LogNormal, Uniform, index_grid, lcm_grid, neighbours, shift, to_index, trailing
 
 
 @pytest.mark.parametrize(("count", "m", "golden"), [
@@ -131,3 +131,34 @@ def test_shared_draws_are_scalars(times):
 def test_wrong_bounds_are_refused(wrong):
     with pytest.raises(ValueError, match="low <= high"):
         Uniform(**wrong)
+
+
+@pytest.mark.parametrize(("points", "skip"), [(50, 1), (1000, 20), (7, 3)])
+def test_neighbours(points, skip):
+    """Every point above 0 is drawn, equally often; the other is `skip` below it or 0."""
+    t, r = neighbours(DRAWS.each("n"), points, skip)
+    assert t.dtype == r.dtype == torch.float64
+    n = (t * points).round().long()
+    torch.testing.assert_close(r, (n - skip).clamp_min(0).double() / points, rtol=0, atol=0)
+    assert int(n.min()) >= 1
+    if points <= 50:
+        counts = n.bincount(minlength=points + 1)[1:].double()
+        assert float((counts - 4000 / points).abs().max()) < 5 * (4000 / points) ** 0.5
+
+
+def test_neighbours_of_a_table_are_lcms():
+    """Trajectory S3: 50 points are the indices 19, 39, ..., 999 of a 1000-step table."""
+    t, _ = neighbours(DRAWS.each("n"), 50)
+    assert sorted({to_index(float(u), 1000) for u in t}) == list(range(19, 1000, 20))
+
+
+def test_log_normal():
+    law = LogNormal(-1.1, 2.0)
+    kappa = law.sample(DRAWS.each("k"))
+    assert kappa.dtype == torch.float64
+    assert abs(float(kappa.log().mean()) + 1.1) < 4 * 2 / 4000**0.5
+    low, high = f64(0.1), f64(1.0)
+    inside = float(((kappa > low) & (kappa <= high)).double().mean())
+    assert inside == pytest.approx(float(law.share(high) - law.share(low)) / 2, abs=0.03)           # erf runs over (-1, 1)
+    with pytest.raises(ValueError, match="std > 0"):
+        LogNormal(0.0, 0.0)

@@ -5,7 +5,7 @@ import torch
 from oracles import GaussianTeacher, f64
 
 from stepdistill.diffusion.process import Trig
-from stepdistill.losses.adversarial import discriminator_loss, generator_loss
+from stepdistill.losses.adversarial import discriminator_loss, generator_loss, hinge_discriminator_loss, hinge_generator_loss
 
 
 def test_values():
@@ -57,3 +57,13 @@ def test_optimal_discriminator_is_the_log_ratio():
     scores = (real(x, t).score - fake(x, t).score)
     assert float((logit - ratio).abs().max()) < 0.02 * float(ratio.abs().max())
     assert float((slope - scores).abs().max()) < 0.02 * float(scores.abs().max())
+
+
+def test_hinge():
+    """2 where nothing can be told apart, 0 beyond the margin on both sides; the generator's is flat once the margin is reached."""
+    zero, d = torch.zeros(4), torch.tensor([-3.0, -1.0, 0.5, 2.0], requires_grad=True)
+    assert float(hinge_discriminator_loss(zero, zero)) == 2
+    assert float(hinge_discriminator_loss(real=zero + 1.5, fake=zero - 1.5)) == 0
+    assert float(hinge_discriminator_loss(real=zero - 1.5, fake=zero + 1.5)) == 5
+    hinge_generator_loss(d).backward()
+    torch.testing.assert_close(d.grad, torch.tensor([-0.25, -0.25, -0.25, 0.0]))

@@ -90,3 +90,10 @@ def test_default_space_is_the_networks(kind):
     torch.testing.assert_close(denoising_loss(spoken, x0, eps), (spoken.raw - truth).square().mean(dim=(1, 2)))
     perfect = type(pred)(truth, kind, pred.x_t, pred.alpha, pred.sigma)
     assert float(denoising_loss(perfect, x0, eps).max()) < 1e-20
+
+
+def test_the_plain_norm_has_a_gradient_where_nothing_differs():
+    """A student that is its own target meets d = 0, where the derivative of a root is not a number."""
+    a = randn(6, 4, 2).requires_grad_()
+    pseudo_huber_norm(a, a.detach(), 0.0).sum().backward()
+    assert float(a.grad.abs().max()) == 0

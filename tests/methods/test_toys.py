@@ -4,25 +4,48 @@ Over three seeds the short versions measure SW2 .10-.11 in one step and .12-.13 
 versions are the settings of the method cards themselves.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracles import MixtureTeacher, f64
-from toys import FastDraws, Oracle, draw_student, modes_covered, pretrained, ring, sliced_wasserstein, toy_data, toy_roles, train
+from toys import (
+    FastDraws,
+    Oracle,
+    distil,
+    draw_student,
+    four,
+    modes_covered,
+    pretrained,
+    ring,
+    sliced_wasserstein,
+    toy_data,
+    toy_roles,
+    train,
+)
 
 from stepdistill.diffusion.process import Flow
-from stepdistill.diffusion.sampler import SamplerSpec
+from stepdistill.diffusion.sampler import SamplerSpec, sample
+from stepdistill.diffusion.solver import follow
 from stepdistill.diffusion.times import trailing
-from stepdistill.methods.base import Method, Setup
+from stepdistill.methods.base import Batch, Method, Sample, Setup
 from stepdistill.methods.consistency import Consistency, ConsistencyConfig
+from stepdistill.methods.decoupled_dmd import DecoupledDMD, DecoupledDMDConfig
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
+from stepdistill.methods.dp_dmd import DPDMD, DPDMDConfig
+from stepdistill.methods.imagine_flash import ImagineFlash, ImagineFlashConfig
+from stepdistill.methods.pgsb import PGSB, PGSBConfig
+from stepdistill.methods.phased_dmd import PhasedDMD, PhasedDMDConfig
 from stepdistill.methods.sid import SiD, SiDConfig
+from stepdistill.methods.swiftbrush import SwiftBrush, SwiftBrushConfig
+from stepdistill.methods.tdm import TDM, TDMConfig
 from stepdistill.models.adapters import LoraRecipe
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.roles import Roles
 from stepdistill.recipe import OptimRecipe
 
-RING, LINE = ring(), MixtureTeacher(Flow(), "flow")
+RING, FOUR, LINE = ring(), four(), MixtureTeacher(Flow(), "flow")
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +54,13 @@ def ring_start() -> Denoiser:
 
 
 @pytest.fixture(scope="module")
+def four_start() -> Denoiser:
+    return pretrained(FOUR, 128, 600, batch=256, labels=True)
+
+
+@pytest.fixture(scope="module")
 def line_start() -> Denoiser:
     return pretrained(LINE, 96, 500, batch=256)
-
-
-def distil(method: Method, teacher: MixtureTeacher, start: Denoiser, optim: dict[str, OptimRecipe], steps: int, batch: int,
-           seed: int = 0) -> Roles:
-    """Train every role from `start` against the exact teacher."""
-    needs, streams, dim = method.needs(method.cfg), method.data(method.cfg), teacher.means[0].numel()
-    roles = toy_roles(needs, Oracle(teacher).denoiser(), start, seed)
-
-    def clean(noise):
-        return teacher.data(batch, torch.Generator().manual_seed(noise.seeds[0])).reshape(batch, dim).float()
-
-    train(method, roles, {name: optim[name] for name in roles.trains}, steps,
-          lambda step, update: FastDraws(seed, range(batch), step, update), lambda draws: toy_data(streams, draws, clean))
-    return roles
 
 
 def dmd2_on_the_ring(start: Denoiser, students: int, batch: int, steps: int = 1, gan: float = 0.0,
@@ -118,6 +132,134 @@ def test_sid_on_the_ring(ring_start):
     assert near > 0.5
 
 
+def swiftbrush_on_the_ring(start: Denoiser, steps: int, batch: int, **options) -> tuple[float, int, float]:
+    return on_the_ring(SwiftBrush(SwiftBrushConfig(**options), Setup(Flow(), (2,))), start, steps, batch)
+
+
+def test_swiftbrush_on_the_ring(ring_start):
+    """In small: 200 updates of 256 instead of 3000 of 512, with five of the fake score each, which such a short run needs."""
+    distance, modes, near = swiftbrush_on_the_ring(ring_start, 1000, 256, fake_updates=5)
+    assert modes == 8
+    assert distance < 0.2
+    assert near > 0.5
+
+
+def guided_on_four(method: Method, start: Denoiser, w: float, steps: int, batch: int) -> tuple[float, float]:
+    """Mean and std, along its own axis, of what the distilled student makes of class 0, the teacher guided by w. Exact: 1.5 and .3."""
+    roles = toy_roles(method.needs(method.cfg), replace(Oracle(FOUR).denoiser(), guidance=w), start)
+
+    def labelled(draws) -> Batch:
+        labels = draws.each("labels").integers(4)
+        return Batch({"main": Sample(Conditioning({"class_labels": labels}, {"class_labels": torch.full_like(labels, 4)}))})
+
+    optim = {"student": OptimRecipe(5e-4, schedule="linear", decay_from=0.5), "fake": OptimRecipe(1e-3)}
+    train(method, roles, optim, steps, lambda step, update: FastDraws(0, range(batch), step, update), labelled)
+    cond = Conditioning({"class_labels": torch.zeros(4096, dtype=torch.long)})
+    x = sample(roles.student, method.sampler(), cond, FastDraws(7, range(4096)), (2,))[:, 0]
+    return float(x.mean()), float(x.std())
+
+
+def test_random_guidance_bakes_none_in(four_start):
+    """Both scores share each w, so that none of it stays in the student: PG-SB's class is the teacher's plain one."""
+    mean, std = guided_on_four(PGSB(PGSBConfig(fake_updates=5), Setup(Flow(), (2,))), four_start, 1.0, 1000, 256)
+    assert mean == pytest.approx(1.5, abs=0.12)
+    assert std == pytest.approx(0.3, abs=0.12)
+
+
+def test_decoupled_guidance_on_four_classes(four_start):
+    """Card 3 in small: at w = 3 the class moves out along its axis and stays bounded; at 1 it is the teacher's."""
+    method = DecoupledDMD(DecoupledDMDConfig(), Setup(Flow(), (2,)))
+    mean, std = guided_on_four(method, four_start, 1.0, 750, 256)
+    assert mean == pytest.approx(1.5, abs=0.1)
+    assert std == pytest.approx(0.3, abs=0.1)
+    mean, std = guided_on_four(method, four_start, 3.0, 750, 256)
+    assert 1.8 < mean < 3.5
+    assert std < 2
+
+
+def dp_dmd_on_the_ring(start: Denoiser, students: int, batch: int, weight: float) -> tuple[float, int, float, float]:
+    """The three figures of the ring, and the share of noises that student and teacher's ODE take to the same mode."""
+    method = DPDMD(DPDMDConfig(weight=weight), Setup(Flow(), (2,), SamplerSpec(trailing(4))))
+    optim = {"student": OptimRecipe(5e-4, schedule="linear", decay_from=0.5), "fake": OptimRecipe(1e-3)}
+    roles = distil(method, RING, start, optim, 6 * students, batch)
+    x = draw_student(roles.student, method, 8192, (2,))
+    z = FastDraws(77, range(8192)).each("start").normal(2).double()
+    ode = follow(lambda x_t, t: RING(x_t, t), z, f64(1.0).expand(8192), f64(0.0).expand(8192), 64, Flow(), "heun")
+    agree = (torch.cdist(x.double(), RING.means).argmin(1) == torch.cdist(ode, RING.means).argmin(1)).double().mean()
+    return sliced_wasserstein(x, RING.data(8192, torch.Generator().manual_seed(5))), *modes_covered(x, RING), float(agree)
+
+
+def test_dp_dmd_on_the_ring(ring_start):
+    distance, modes, near, agree = dp_dmd_on_the_ring(ring_start, 150, 256, 0.05)
+    assert modes == 8
+    assert distance < 0.2
+    assert near > 0.5
+    assert agree > 0.75
+
+
+def tdm_on_the_ring(start: Denoiser, steps: int, batch: int, target: str) -> tuple[float, float, float, int]:
+    """(std of the states at t = .5, their SW2 from the marginal there, SW2 of the samples, modes covered)."""
+    method = TDM(TDMConfig(fake_target=target), Setup(Flow(), (2,), SamplerSpec((1.0, 0.9, 0.75, 0.5))))
+    optim = {"student": OptimRecipe(5e-4, schedule="linear", decay_from=0.5), "fake": OptimRecipe(1e-3)}
+    roles = distil(method, RING, start, optim, steps, batch)
+    draws, x0 = FastDraws(77, range(8192)), RING.data(8192, torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        rung = method.states(roles, Batch({"main": Sample(Conditioning())}), draws)[-1]
+    exact = Flow().add_noise(x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64), f64(0.5))
+    x = draw_student(roles.student, method, 8192, (2,))
+    return float(rung.std()), sliced_wasserstein(rung, exact), sliced_wasserstein(x, x0), modes_covered(x, RING)[0]
+
+
+def test_tdm_on_the_ring(ring_start):
+    """In small (500 updates of 256 instead of 3000 of 512); the exact std at t = .5 is .705."""
+    std, rung, distance, modes = tdm_on_the_ring(ring_start, 500, 256, "subinterval")
+    assert modes == 8
+    assert std == pytest.approx(0.705, abs=0.03)
+    assert rung < 0.1
+    assert distance < 0.25
+
+
+def phased_on_the_ring(start: Denoiser, steps: int, batch: int) -> tuple[float, float, float, int, float]:
+    """(std of the states at t = .75, their SW2 from the marginal there, SW2 of the samples, modes covered, share near a mode)."""
+    method = PhasedDMD(PhasedDMDConfig(), Setup(Flow(), (2,), SamplerSpec((1.0, 0.9, 0.75, 0.5))))
+    optim = {"student": OptimRecipe(5e-4, schedule="linear", decay_from=0.5), "fake_1": OptimRecipe(1e-3), "fake_2": OptimRecipe(1e-3)}
+    roles = distil(method, RING, start, optim, steps, batch)
+    draws, x0 = FastDraws(77, range(8192)), RING.data(8192, torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        state = method.call(roles, Conditioning(), draws, 1, grad=False).x_next
+    exact = Flow().add_noise(x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64), f64(0.75))
+    x = draw_student(roles.student, method, 8192, (2,))
+    return float(state.std()), sliced_wasserstein(state, exact), sliced_wasserstein(x, x0), *modes_covered(x, RING)
+
+
+def test_phased_dmd_on_the_ring(ring_start):
+    """In small (100 student updates of 256 for each phase instead of 600 of 512); the exact std at t = .75 is .79."""
+    std, state, distance, modes, near = phased_on_the_ring(ring_start, 1000, 256)
+    assert modes == 8
+    assert std == pytest.approx(0.79, abs=0.04)
+    assert state < 0.1
+    assert distance < 0.25
+    assert near > 0.5
+
+
+def flash_on_the_line(start: Denoiser, updates: int, batch: int, steps: int = 3, **options) -> tuple[float, float, float]:
+    """(mean error of the samples from the flow map, their std over the exact one, share of the minority mode, exactly .3)."""
+    method = ImagineFlash(ImagineFlashConfig(**options), Setup(Flow(), (1,), SamplerSpec(trailing(steps))))
+    student = distil(method, LINE, start, {"student": OptimRecipe(1e-3, schedule="cosine")}, updates, batch).student
+    x, z = draw_student(student, method, 20_000, (1,))[:, 0].double(), FastDraws(77, range(20_000)).each("start").normal(1)[:, 0].double()
+    exact = LINE.flow_map(z, 1.0, 0.0)
+    return float((x - exact).abs().mean()), float(x.std() / exact.std()), float((x < -0.5).double().mean())
+
+
+def test_imagine_flash_on_the_line(line_start):
+    """Setting M in small: with the sample's own noise both modes stay; with fresh noise all collapses to one point."""
+    error, spread, minority = flash_on_the_line(line_start, 300, 256)
+    assert error < 0.5
+    assert 0.7 < spread < 1.3
+    assert 0.2 < minority < 0.45
+    assert flash_on_the_line(line_start, 300, 256, noise="fresh")[1] < 0.5
+
+
 def error_on_the_line(student: Denoiser) -> tuple[float, float]:
     """(N(0, 1)-weighted mean, median over z of the same weight) of |student(z) - M(z, 1 -> 0)|."""
     z = torch.randn(20_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -161,6 +303,79 @@ def test_sid_at_setting_r(alpha, bound, within):
     assert modes == 8
     assert distance < bound
     assert near > within
+
+
+@pytest.mark.slow
+def test_swiftbrush_at_setting_r():
+    """Card 8: SW2 .079 and .096 with 78 and 71 % within 4 std; seeds differ by .02 and 5 points."""
+    distance, modes, near = swiftbrush_on_the_ring(pretrained(RING, 128, 3000), 3000, 512)
+    assert modes == 8
+    assert distance < 0.10
+    assert near > 0.70
+
+
+@pytest.mark.slow
+def test_decoupled_dmd_at_the_cards_setting():
+    """Card 3: at w = 3 mean 2.4 and std 1.1 along the axis; without guidance 1.49 and .30."""
+    method, start = DecoupledDMD(DecoupledDMDConfig(), Setup(Flow(), (2,))), pretrained(FOUR, 128, 3000, labels=True)
+    mean, std = guided_on_four(method, start, 1.0, 7500, 512)
+    assert mean == pytest.approx(1.49, abs=0.03)
+    assert std == pytest.approx(0.30, abs=0.03)
+    mean, std = guided_on_four(method, start, 3.0, 7500, 512)
+    assert mean == pytest.approx(2.4, abs=0.2)
+    assert std == pytest.approx(1.1, abs=0.2)
+
+
+@pytest.mark.slow
+def test_dp_dmd_at_setting_r():
+    """Card 6: SW2 .095, 72 to 74 % within 4 std and same-seed agreement .87 to .89 at weight .05; agreement .78 to .83 at 0."""
+    start = pretrained(RING, 128, 3000)
+    distance, modes, near, agree = dp_dmd_on_the_ring(start, 1000, 512, 0.05)
+    assert modes == 8
+    assert distance < 0.115
+    assert near > 0.67
+    assert agree > 0.85
+    assert dp_dmd_on_the_ring(start, 1000, 512, 0.0)[3] < agree
+
+
+@pytest.mark.slow
+def test_tdm_at_setting_r():
+    """Card 7: at t = .5 `subinterval` gives std .708 to .712 (exact .705) and SW2 .032 to .043, .13 at the end; `tdm` .76 and .070."""
+    start = pretrained(RING, 128, 3000)
+    std, rung, distance, modes = tdm_on_the_ring(start, 3000, 512, "subinterval")
+    assert modes == 8
+    assert std == pytest.approx(0.705, abs=0.012)
+    assert rung < 0.05
+    assert distance < 0.15
+    std, rung, distance, modes = tdm_on_the_ring(start, 3000, 512, "tdm")
+    assert modes == 8
+    assert std == pytest.approx(0.761, abs=0.015)
+    assert 0.05 < rung < 0.09
+    assert distance < 0.16
+
+
+@pytest.mark.slow
+def test_phased_dmd_at_setting_r():
+    """Card 5: at t = .75 std .80 (exact .79) and SW2 .022 to .026; at the end SW2 .057 to .067, 87 % within 4 std."""
+    std, state, distance, modes, near = phased_on_the_ring(pretrained(RING, 128, 3000), 6000, 512)
+    assert modes == 8
+    assert std == pytest.approx(0.79, abs=0.015)
+    assert state < 0.04
+    assert distance < 0.08
+    assert near > 0.82
+
+
+@pytest.mark.slow
+def test_imagine_flash_at_setting_m():
+    """Card 14: own noise err .25 to .26, minority 33 to 35 %; fresh noise one point; without the shift .35 in three steps, .022 in one."""
+    start = pretrained(LINE, 96, 3000)
+    error, _, minority = flash_on_the_line(start, 3000, 512)
+    assert error < 0.27
+    assert 0.31 < minority < 0.37
+    assert flash_on_the_line(start, 3000, 512, noise="fresh")[1] < 0.03
+    whole = {"shifted": False, "teacher_steps": 16, "solver": "heun"}
+    assert flash_on_the_line(start, 3000, 512, **whole)[0] == pytest.approx(0.35, abs=0.03)
+    assert flash_on_the_line(start, 3000, 512, 1, **whole)[0] < 0.03
 
 
 @pytest.mark.slow

@@ -5,11 +5,12 @@ import torch
 from oracles import KINDS, PROCESSES, MixtureTeacher, f64
 from toys import Counted, Oracle, tiny_unet
 
+from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.process import TableVP
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.guidance import guide
+from stepdistill.models.guidance import Band, guide
 
 X = torch.linspace(-3, 3, 6, dtype=torch.float64)
 T = f64([0.1, 0.3, 0.5, 0.7, 0.9, 0.95])
@@ -106,3 +107,14 @@ def test_features_are_those_of_the_conditional_half():
 def test_guidance_without_a_null():
     with pytest.raises(ValueError, match="needs a null condition"):
         unet()(torch.zeros(1, 1, 8, 8), f64([0.5]), Conditioning({"class_labels": torch.zeros(1, dtype=torch.long)}), w=2.0)
+
+
+def test_band():
+    w = Band(4.0, 16.0).sample(Draws(0, range(2000)).each("w"))
+    assert w.shape == (2000,)
+    assert 4 <= float(w.min()) < 4.1
+    assert 15.9 < float(w.max()) <= 16
+    assert float(w.mean()) == pytest.approx(10, abs=0.4)
+    assert torch.equal(Band(3.0, 3.0).sample(Draws(0, range(2)).each("w")), f64([3.0, 3.0]))
+    with pytest.raises(ValueError, match="low <= high"):
+        Band(3.0, 2.0)
