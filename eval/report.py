@@ -73,7 +73,7 @@ def compare(results: list[Path], to: Path) -> dict[str, Any]:
         "protocol": rows[0].result["protocol"], "protocol_hash": rows[0].result["protocol_hash"], "first": rows[0].label,
         "rows": [{"label": row.label, "result": str(row.path), "is_teacher": row.is_teacher, "nfe": row.nfe, "ms_per_image": row.ms,
                   "metrics": row.result["metrics"], "difference": difference}
-                 for row, difference in zip(rows, _differences(rows), strict=True)],
+                 for row, difference in zip(rows, differences(rows), strict=True)],
     }
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary = to.with_name(f".{to.name}.partial")
@@ -132,7 +132,7 @@ def _short_names(names: Collection[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _differences(rows: Sequence[Row]) -> list[dict[str, Any] | None]:
+def differences(rows: Sequence[Row]) -> list[dict[str, Any] | None]:
     """Paired difference of each row to the first, by metric, where both kept their features; None for the first row."""
     kept = [score.read_tensors(score.features_path(r.path, r.result["protocol"]["extractor"]), r.result) for r in rows]
     first = kept[0]
@@ -169,7 +169,7 @@ def _samples(row: Row) -> Tensor | None:
 # ------------------------------------------------------------------------------------------------------------------------------- the page
 
 
-def _number(value: float, se: float) -> str:
+def number(value: float, se: float) -> str:
     """Digits down to the second of the error."""
     places = 4 if se <= 0 else max(0, min(6, 1 - int(torch.tensor(se).log10().floor())))
     return f"{value:.{places}f} ± {se:.{places}f}"
@@ -190,7 +190,7 @@ def markdown(report: dict[str, Any], names: Sequence[str], with_samples: bool) -
         _line(heads), f"|:--|{'--:|' * (len(heads) - 1)}",
     ]
     for row in report["rows"]:
-        cells = [row["label"], str(row["nfe"]), *(_number(row["metrics"][n]["value"], row["metrics"][n]["se"]) for n in names)]
+        cells = [row["label"], str(row["nfe"]), *(number(row["metrics"][n]["value"], row["metrics"][n]["se"]) for n in names)]
         lines.append(_line([*cells, f"{row['ms_per_image']:.2f}"]))
     compared = [row for row in report["rows"] if row["difference"]]
     if compared:
@@ -202,9 +202,9 @@ def markdown(report: dict[str, Any], names: Sequence[str], with_samples: bool) -
         for row in compared:
             cells = []
             for block in (row["difference"][name] for name in shown):
-                places = _number(0, block["se"]).split(" ")[0].partition(".")[2]
+                places = number(0, block["se"]).split(" ")[0].partition(".")[2]
                 low, high = (f"{x:+.{len(places)}f}" for x in block["ci95"])
-                cells.append(f"{_number(block['delta'], block['se'])} [{low}, {high}]")
+                cells.append(f"{number(block['delta'], block['se'])} [{low}, {high}]")
             lines.append(_line([row["label"], *cells]))
     lines += ["", f"![{names[0]} against network evaluations](quality_vs_nfe.png)"]
     lines += ["", "![samples of every model from the same seeds](samples.png)"] if with_samples else []

@@ -49,6 +49,15 @@ def pick_device(name: str | None) -> Any:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def chosen_recipe(config: str | None, overrides: list[str] | None) -> Any:
+    """The recipe that is named, with its keys changed."""
+    from stepdistill import recipe
+
+    if config is None:
+        raise ValueError(f"name a recipe with --config ({', '.join(recipe.names())}, or a YAML file)")
+    return recipe.load(config, overrides or [])
+
+
 @app.command()
 def train(
     overrides: Overrides = None,
@@ -105,15 +114,21 @@ def _dry_run(chosen: Any, as_json: bool) -> None:
 def cache(overrides: Overrides = None, config: Config = None, device: Device = None, as_json: Json = False) -> None:
     """Encode the prompts and pictures of a recipe once, into its data.cache; training then loads no encoders.
 
-    What Ctrl-C or a crash interrupts goes on the next time; `train` fills what is missing, too.
+    What Ctrl-C or a crash interrupts goes on the next time; `train` fills what is missing, too. Several processes share the work:
+    `accelerate launch -m stepdistill cache --config RECIPE`.
     """
-    from stepdistill import recipe
-    from stepdistill.training.assemble import cache_of, texts_of
+    from stepdistill.data.cache import fill_all
+    from stepdistill.training import loop
+    from stepdistill.training.assemble import parts_of
 
-    if config is None:
-        raise ValueError(f"name a recipe with --config ({', '.join(recipe.names())}, or a YAML file)")
-    chosen = recipe.load(config, overrides or [])
-    done = cache_of(chosen, *texts_of(chosen)).fill(pick_device(device))
+    chosen = chosen_recipe(config, overrides)
+    accelerator = loop.make_accelerator(chosen, None)
+    done = fill_all([part.cache for part in parts_of(chosen) if part.cache], accelerator.device if device is None else pick_device(device))
+    accelerator.end_training()
+    if done is None:
+        raise ValueError("name a folder for the cache with data.cache")
+    if not accelerator.is_main_process:
+        return
     whole = f"\ntraining loads the encoders all the same: {done.whole}" if done.whole else ""
     show(done.to_dict(), as_json, f"{done.conditions} conditions and {done.latents} latents in {done.folder}: {done.encoded} encoded now, "
                                   f"{done.shards} shards, {done.bytes / 2**20:.1f} MiB{whole}")
@@ -131,14 +146,12 @@ def plan(
 
     Minutes for a network of billions, since its operations are gone through one by one. Exit code 0 whether it fits or not.
     """
-    from stepdistill import recipe
     from stepdistill.models import networks
     from stepdistill.training import plan as planning
 
-    if config is None:
-        raise ValueError(f"name a recipe with --config ({', '.join(recipe.names())}, or a YAML file)")
+    chosen = chosen_recipe(config, overrides)
     card = None if gpu is None else planning.bytes_of_card(gpu)
-    found = planning.plan(recipe.load(config, overrides or []), None if network is None else networks.find(network), card)
+    found = planning.plan(chosen, None if network is None else networks.find(network), card)
     show(found.to_dict(), as_json, planning.shown(found))
 
 
@@ -249,6 +262,24 @@ def compare(
 
 
 @app.command()
+def league(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[METHOD]...", help="default: all with a recipe in this world")] = None,
+    out: Annotated[Path, typer.Option(help="where runs, students and results are kept; what is there is not done again")] = Path("league"),
+    to: Annotated[Path | None, typer.Option(help="a folder for league.md, league.json and league.png; default: OUT/report")] = None,
+    world: Annotated[str, typer.Option(help="whose recipes and protocol: fashion")] = "fashion",
+    budget: Annotated[int | None, typer.Option(min=1, help="passes of one sample for each method; default: 600,000")] = None,
+    count: Annotated[int, typer.Option(min=50, help="pictures for each score")] = 2000,
+    as_json: Json = False,
+) -> None:
+    """Train every method of a world at one budget, score its student in 1, 2 and 4 calls, and write the table. Hours; Ctrl-C and go on."""
+    from stepdistill import league as playing
+
+    playing.play(world, out, names or (), budget or playing.BUDGET, count)
+    content = playing.publish(out, to or out / "report")
+    show(content, as_json, f"{len(content['entries'])} rows in {(to or out / 'report') / 'league.md'}")
+
+
+@app.command()
 def methods(as_json: Json = False) -> None:
     """List the distillation methods, their papers, data and roles."""
     from stepdistill.methods import METHODS
@@ -313,13 +344,10 @@ def bench_step(config: Config = None, overrides: Overrides = None, repeats: Anno
     """Time an iteration against the bare network passes it needs, alternating in one process."""
     from tqdm import tqdm
 
-    from stepdistill import recipe
     from stepdistill.training import loop, measure
     from stepdistill.training.assemble import assemble
 
-    if config is None:
-        raise ValueError(f"name a recipe with --config ({', '.join(recipe.names())}, or a YAML file)")
-    chosen = recipe.load(config, overrides or [])
+    chosen = chosen_recipe(config, overrides)
     run = assemble(chosen, loop.make_accelerator(chosen, None))
     with tqdm(total=repeats, file=sys.stderr, desc="bench step", dynamic_ncols=True) as bar:
         report = measure.bench_step(run, repeats, lambda n: bar.update(n - bar.n))
