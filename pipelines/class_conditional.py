@@ -5,10 +5,11 @@
     to the next r:  q = (1 - renoise)·r,   b = sigma_q·alpha_r/alpha_q
                     x <- alpha_r·x0 + b·eps + sqrt(sigma_r² - b²)·noise
 
-renoise 1 re-noises x0, renoise 0 is DDIM (Song et al. 2021, eq. 12; Euler for flow matching), between is the gamma sampler of CTM
-(Kim et al. 2024). The steps are computed here and not by `scheduler.step`, because no stock scheduler takes the noise of a step, and
-each holds this sampler in part only: LCMScheduler adds a boundary term to x0, DDIMScheduler counts its way to the next index instead of
-reading it, and neither can stand between two training steps. The scheduler says which process the student was trained on.
+renoise 1 re-noises x0, renoise 0 is DDIM (Song et al. 2021, eq. 12; Euler for flow matching), between is the gamma sampler of CTM (Kim et
+al. 2024). With `known_noise` the first eps is the state over the size of its noise. The steps are computed here and not by
+`scheduler.step`, because no stock scheduler takes the noise of a step, and each holds this sampler in part only: LCMScheduler adds a
+boundary term to x0, DDIMScheduler counts its way to the next index instead of reading it, and neither can stand between two training steps.
+The scheduler says which process the student was trained on.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                  space_to_depth: int = 1, null_class: int | None = None, labels: list[str] | None = None,
                  sampler: dict[str, Any] | None = None):
         super().__init__()
-        sampler = {"times": [1.0], "renoise": 1.0, "solver": "ddim", "clip_x0": None, "guidance": 1.0, "steps": 1, **(sampler or {})}
+        sampler = {"times": [1.0], "renoise": 1.0, "solver": "ddim", "clip_x0": None, "guidance": 1.0, "known_noise": False, "steps": 1,
+                   **(sampler or {})}
         if sampler["solver"] != "ddim" or sampler["steps"] != len(sampler["times"]):
             raise ValueError(f"this pipeline runs the solver ddim with one call for each time, got {sampler}")
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
@@ -89,7 +91,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _sample(self, numbers: list[int], times: Sequence[float], w: float, noises: Iterator[Tensor]) -> Tensor:
         """x0 (B, C, h, w) of the last call."""
         sampler, kind, curves = self.config.sampler, self._kind(), self._curves()
-        x = next(noises) * (curves(times[0])[1] / curves(1.0)[1])
+        start = curves(times[0])[1] / curves(1.0)[1]
+        x = next(noises) * start
         for t, r in zip(times, (*times[1:], None), strict=True):
             alpha, sigma, clock = curves(t)
             y = self._output(x, clock, numbers, w)
@@ -100,6 +103,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if r is not None:
                 (alpha_r, sigma_r, _), (alpha_q, sigma_q, _) = curves(r), curves((1 - sampler["renoise"]) * r)
                 b = sigma_q * alpha_r / alpha_q
+                if sampler["known_noise"] and t == times[0]:
+                    eps = x / start
                 x = alpha_r * x0 + b * eps
                 if sampler["renoise"] > 0:
                     x = x + math.sqrt(max(sigma_r**2 - b**2, 0.0)) * next(noises)

@@ -5,7 +5,8 @@ scheduler runs exactly, and holds a whole sampler in the numbers of its config.
     to step i+1:    x <- alpha[i+1]·x0 + kept[i]·eps + sqrt(sigma[i+1]² - kept[i]²)·noise
     at the last:    x <- x0
 
-kept 0 re-noises x0 (consistency and DMD2 students), kept = sigma[i+1] is DDIM (Song et al. 2021, eq. 12; Euler for flow matching).
+kept 0 re-noises x0 (consistency and DMD2 students), kept = sigma[i+1] is DDIM (Song et al. 2021, eq. 12; Euler for flow matching). With
+`known_noise` the first eps is the state over the standard deviation it started with (Imagine Flash, Kohler et al. 2024).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(self, timesteps: Sequence[float] = (999,), alpha: Sequence[float] = (0.0,), sigma: Sequence[float] = (1.0,),
                  kept: Sequence[float] = (), prediction_type: str = "epsilon", clip_x0: float | None = None,
-                 init_noise_sigma: float = 1.0, sign: float = 1.0):
+                 init_noise_sigma: float = 1.0, sign: float = 1.0, known_noise: bool = False):
         if not len(timesteps) == len(alpha) == len(sigma) == len(kept) + 1:
             raise ValueError(f"{len(timesteps)} timesteps need as many alpha and sigma and one kept less, got {len(alpha)}, {len(sigma)} "
                              f"and {len(kept)}")
@@ -64,6 +65,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                              f"{trained}")
         whole = all(isinstance(t, int) for t in self.config.timesteps)
         self.timesteps = torch.tensor(self.config.timesteps, dtype=torch.long if whole else torch.float32, device=device)
+        if self.config.prediction_type == "flow_prediction":                        # some pipelines read them off their scheduler
+            self.sigmas = torch.tensor([*self.config.sigma, 0.0])
         self._step = 0
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -75,11 +78,14 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None = None,
-             return_dict: bool = True) -> FewStepOutput | tuple[Tensor, Tensor]:
-        """The next state from `sample` (B, ...) and the network's answer to it; the last one is x0. Steps are taken in order."""
+             return_dict: bool = True, per_token_timesteps: Tensor | None = None) -> FewStepOutput | tuple[Tensor, Tensor]:
+        """The next state from `sample` (B, ...) and the network's answer to it; the last one is x0. Steps are taken in order.
+
+        A pipeline that hands over a time for every token negates the answer, as FlowMatchEulerDiscreteScheduler expects it to.
+        """
         config, i = self.config, self._step
         alpha, sigma = config.alpha[i], config.sigma[i]
-        x, y = sample.float(), config.sign * model_output.float()
+        x, y = sample.float(), config.sign * model_output.float() * (1 if per_token_timesteps is None else -1)
         a, b = {"sample": (1.0, 0.0), "epsilon": (0.0, 1.0), "v_prediction": (-sigma, alpha),
                 "flow_prediction": (-1.0, 1.0)}[config.prediction_type]             # y = a·x0 + b·eps
         det = alpha * b - sigma * a
@@ -88,6 +94,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         if config.clip_x0 is not None:
             x0 = x0.clamp(-config.clip_x0, config.clip_x0)
             eps = (x - alpha * x0) / sigma
+        if config.known_noise and i == 0:
+            eps = x / config.init_noise_sigma
         after = x0
         if i + 1 < len(config.timesteps):
             kept = config.kept[i]

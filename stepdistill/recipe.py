@@ -84,6 +84,11 @@ class DataRecipe:
     folder: Path | None = None                           # one sub-folder per class; captioned pictures, tars or a dataset for a pipeline
     prompts: Path | None = None                          # one prompt per line, or a table or dataset of them
     cache: Path | None = None                            # where conditions and latents of a pipeline are kept; filled where it lacks some
+    buckets: tuple[tuple[int, int], ...] = ()            # (height, width) of each, teacher.call's among them; a batch has one of them
+
+    def __post_init__(self) -> None:
+        if any(min(bucket) < 1 for bucket in self.buckets) or len(set(self.buckets)) < len(self.buckets):
+            raise ValueError(f"data.buckets are heights and widths, each pair once, got {self.buckets}")
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,10 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
     loras = {str(_absolute(Path(path))): scale for path, scale in given.loras.items()}
     teacher = given if worlds.teacher_folder(given.path) else dataclasses.replace(given, path=str(_absolute(Path(given.path))), loras=loras)
     student = dataclasses.replace(recipe.student, weights=_absolute(recipe.student.weights))
+    if recipe.data.buckets and (given.call.get("height"), given.call.get("width")) not in recipe.data.buckets:
+        raise ValueError("data.buckets must hold the height and width of teacher.call, the size of previews and of what plan counts")
     folder, prompts, cache, start = map(_absolute, (recipe.data.folder, recipe.data.prompts, recipe.data.cache, recipe.start))
-    data = DataRecipe(folder, prompts, cache)
+    data = dataclasses.replace(recipe.data, folder=folder, prompts=prompts, cache=cache)
     return dataclasses.replace(recipe, method=_resolved(recipe), optim=optim, teacher=teacher, student=student, data=data, start=start)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stepdistill import recipe as recipes
 from stepdistill.images import save_png, to_image
+from stepdistill.methods import find
 from stepdistill.recipe import Recipe
 from stepdistill.training import checkpoint, loop
 from stepdistill.training.assemble import Run, assemble
@@ -57,8 +58,9 @@ def tiny_tree(folder: Path, method: str = "dmd2", **overrides: Any) -> dict[str,
         tiny_teacher(folder / "teacher")
     if not (folder / "pictures").is_dir():
         tiny_pictures(folder / "pictures")
-    trained = {"dmd2": ("student", "fake", "disc"), "consistency": ("student",)}[method]
-    options = {"dmd2": {"fake_updates": 2, "gan_weight": 0.1}, "consistency": {"intervals": 10}}[method]
+    options: dict[str, Any] = {"dmd2": {"fake_updates": 2, "gan_weight": 0.1}, "consistency": {"intervals": 10},
+                               "phased_dmd": {"phases": 1}}.get(method, {})
+    trained = [name for name, role in find(method).needs(recipes.build(find(method).Config, options, "method")).items() if role.trains]
     tree: dict[str, Any] = {
         "teacher": {"path": str(folder / "teacher")}, "method": {"name": method, **options},
         "optim": {name: dict(ADAM) for name in trained},

@@ -7,6 +7,11 @@
 
 A latent is a row with the one leaf x0. Every file is read lazily, a row at a time. Where a pipeline pads prompts of unequal length to the
 longest of their batch, all are encoded beside the longest and the shortest one, so that any of them can be joined.
+
+Several processes of one launch share the shards out, each a whole one at a time; which rows a shard has does not depend on them, so that
+they leave the same files as one process would.
+
+A run with buckets has such a folder for each size, HEIGHTxWIDTH, and beside them buckets.json, which says where each picture is.
 """
 
 from __future__ import annotations
@@ -20,19 +25,22 @@ import os
 import re
 import sys
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from stepdistill.data.pictures import Picture, tensors
+from stepdistill.data.pictures import Picture, fitted, is_small, nearest, say_enlarged
 from stepdistill.models.conditioning import Conditioning, Leaf
 from stepdistill.models.kept import Kept, Learnt, pack, unpack
 from stepdistill.models.load import Teacher, is_prompted, read_json
@@ -41,7 +49,7 @@ from stepdistill.models.quantize import QuantizeRecipe
 from stepdistill.models.recording import Recording
 from stepdistill.models.wiring import Unrecordable, leaves_of, same
 
-INDEX, LEARNT, LOCK = "index.json", "learnt.safetensors", "lock"
+INDEX, LEARNT, LOCK, BUCKETS = "index.json", "learnt.safetensors", "lock", "buckets.json"
 SHARD_BYTES = 2**28
 X0 = "x0"
 
@@ -112,34 +120,44 @@ class Rows:
             row = max(row, stop)
         return [*gaps, *([(row, self.count)] if row < self.count else [])]
 
-    def fill(self, encode: Callable[[int, int], Iterator[Conditioning]], limit: int) -> int:
-        """Encode what is missing, `encode(first, stop)`, into shards of about `limit` bytes; how many rows that were.
+    def shards_of(self, limit: int) -> list[tuple[int, int]]:
+        """The missing rows as shards of about `limit` bytes, cut at the same rows whatever is there already."""
+        row = sum(v.nbytes for name, value in self.first.items() if name not in self.first.shared
+                  for _, v in leaves_of(value) if isinstance(v, Tensor))
+        each = max(1, limit // max(1, row))
+        return [(max(first, at), min(stop, at + each)) for first, stop in self.missing()
+                for at in range(first - first % each, stop, each)]
 
-        Raises Unequal where a row has another shape than the first.
+    def fill(self, encode: Callable[[int], Conditioning], limit: int) -> int:
+        """Encode the missing rows into shards of about `limit` bytes, this process its share of them; how many rows all encoded.
+
+        Returns when every process has done its share. Raises Unequal on all of them where a row has another shape than the first.
         """
-        if not self.path.exists():
-            write(self.path, {}, lambda found: pack({"leaves": (first := next(encode(0, 1))).leaves, "nulls": first.nulls,
+        team = PartialState()
+        if team.is_main_process and not self.path.exists():
+            write(self.path, {}, lambda found: pack({"leaves": (first := encode(0)).leaves, "nulls": first.nulls,
                                                      "shared": sorted(first.shared)}, "first", found))
-        gaps = self.missing()
-        with tqdm(total=self.count, initial=self.count - sum(b - a for a, b in gaps), desc=f"cache {self.kind}", unit="row",
-                  file=sys.stderr, dynamic_ncols=True, disable=not gaps) as bar:
-            for first, stop in gaps:
-                held: list[Conditioning] = []
-                names: set[str] = set()
-                size = 0
-                for row, cond in enumerate(encode(first, stop), first):
-                    cond = cond.to("cpu")
-                    if not joined(self.first, cond):
-                        raise Unequal(f"{self.kind} {row} cannot be put into one batch with the first; leave data.cache out")
-                    own = self._own(cond)
-                    held.append(cond)
-                    names |= own
-                    size += sum(v.nbytes for name in own for _, v in leaves_of(leaf(cond, name)) if isinstance(v, Tensor))
-                    if size >= limit or row + 1 == stop:
-                        self._write(row + 1 - len(held), held, names)
-                        held, names, size = [], set(), 0
-                    bar.update()
-        return sum(b - a for a, b in gaps)
+        team.wait_for_everyone()
+        shards = self.shards_of(limit)
+        team.wait_for_everyone()                                               # every process has looked before one writes
+        mine, unequal = shards[team.process_index :: team.num_processes], None
+        with tqdm(total=sum(b - a for a, b in mine), desc=f"cache {self.kind}", unit="row", file=sys.stderr, dynamic_ncols=True,
+                  disable=not (mine and team.is_main_process)) as bar:
+            try:
+                for first, stop in mine:
+                    self._write(first, [self._fitting(row, encode, bar) for row in range(first, stop)])
+            except Unequal as error:
+                unequal = str(error)
+        for message in filter(None, gather_object([unequal])):
+            raise Unequal(message)
+        return sum(b - a for a, b in shards)
+
+    def _fitting(self, row: int, encode: Callable[[int], Conditioning], bar: Any) -> Conditioning:
+        cond = encode(row).to("cpu")
+        if not joined(self.first, cond):
+            raise Unequal(f"{self.kind} {row} cannot be put into one batch with the first; leave data.cache out")
+        bar.update()
+        return cond
 
     def clear(self) -> None:
         """Delete every file, the first row's last."""
@@ -153,8 +171,9 @@ class Rows:
         return ({f"cond/{name}" for name in first if not same(cond[name], first[name])}
                 | {f"null/{name}" for name in nulls if name not in (first.nulls or {}) or not same(cond.null[name], first.null[name])})
 
-    def _write(self, first: int, rows: Sequence[Conditioning], names: set[str]) -> None:
-        """A shard with these leaves of its rows: stacked, or one by one where a leaf is a tuple."""
+    def _write(self, first: int, rows: Sequence[Conditioning]) -> None:
+        """A shard with what these rows have of their own: stacked, or one by one where a leaf is a tuple."""
+        names = set[str]().union(*map(self._own, rows))
         path = self.folder / f"{self.kind}-{first:08d}-{first + len(rows):08d}.safetensors"
         values = {name: [leaf(cond, name) for cond in rows] for name in sorted(names)}
         write(path, {name: torch.cat(rows) for name, rows in values.items() if isinstance(rows[0], Tensor)},
@@ -270,59 +289,67 @@ class Cache:
         return (self.folder / LEARNT).is_file() and all(t.path.exists() and not t.missing() for t in tables)
 
     def fill(self, device: torch.device | str) -> Filled:
-        """Load the pipeline and encode what is missing; where nothing is, load nothing. What a kill interrupts goes on the next time."""
-        encoded = 0
-        if not self.complete:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with locked(self.folder):
-                for partial in self.folder.glob(".*.partial"):
-                    partial.unlink()
-                self._check()
-                encoded = self._encode(device)
+        """Load the pipeline and encode what is missing; where nothing is, load nothing. What a kill interrupts goes on the next time.
+
+        Every process of a launch must call it, and encodes on its own device.
+        """
+        team, encoded, complete = PartialState(), 0, self.complete
+        team.wait_for_everyone()                                               # every process has looked before one writes
+        if not complete:
+            with locked(self.folder) if team.is_main_process else nullcontext():
+                if team.is_main_process:
+                    for partial in self.folder.glob(".*.partial"):
+                        partial.unlink()
+                    self._check()
+                encoded = self._encode(device, team)
             gc.collect()                                                       # modules hold cycles: the encoders leave memory now
         shards = [path for table in (self.conditions, self.latents) for *_, path in table.spans()]
         held = sum(path.stat().st_size for path in self.folder.iterdir())
         return Filled(str(self.folder), self.conditions.count, self.latents.count, encoded, len(shards), held, self._learnt()[1])
 
-    def _encode(self, device: torch.device | str) -> int:
+    def _encode(self, device: torch.device | str, team: PartialState) -> int:
         wanted = self.wanted
         recording, inputs = open_pipeline(wanted.pipeline, wanted.call, device=device, dtype=wanted.dtype, loras=wanted.loras,
                                           quantize=wanted.quantize)
         codec = PipelineCodec(recording, inputs)
         baked = recording.keyword is not None and recording.offset is None and not recording.wiring.embeds
         index = read_json(self.folder / INDEX) if (self.folder / INDEX).is_file() else {"beside": [], "parts": {}}
-        index |= {"network": recording.component, "baked": baked, "parts": {**index["parts"], **self._identity(recording.component, baked)}}
-        write_text(self.folder / INDEX, json.dumps(index, indent=1))
-        if not (self.folder / LEARNT).is_file():
-            _write_learnt(self.folder / LEARNT, recording, codec)
+        if team.is_main_process:
+            parts = {**index["parts"], **self._identity(recording.component, baked)}
+            index |= {"network": recording.component, "baked": baked, "parts": parts}
+            write_text(self.folder / INDEX, json.dumps(index, indent=1))
+            if not (self.folder / LEARNT).is_file():
+                _write_learnt(self.folder / LEARNT, recording, codec)
 
         def one(text: str) -> Conditioning:
             texts = [text, *index["beside"]]
             return recording.encode(inputs(texts), len(texts), wanted.guidance).slice(slice(0, 1))
 
-        conditions = functools.partial(self.conditions.fill, lambda first, stop: map(one, wanted.texts[first:stop]), self.limit)
+        conditions = functools.partial(self.conditions.fill, lambda row: one(wanted.texts[row]), self.limit)
         try:
             encoded = conditions()
         except Unequal:
             if index["beside"]:
                 raise
-            beside = _ends(one, wanted.texts)
+            index["beside"] = _ends(one, wanted.texts)
             self.conditions.clear()
-            index["beside"] = beside
-            write_text(self.folder / INDEX, json.dumps(index, indent=1))
+            team.wait_for_everyone()                                           # or a late one would clear away what is new
+            if team.is_main_process:
+                write_text(self.folder / INDEX, json.dumps(index, indent=1))
             encoded = conditions()
         if wanted.pictures:
-            x0 = torch.zeros(1, *recording.shape, device=device)
-            channels, height, width = codec.decode(x0).shape[1:]
-            encoded += self.latents.fill(lambda first, stop: self._pictures(codec, (height, width), channels, device, first, stop),
-                                         self.limit)
-        return encoded
+            channels, height, width = codec.decode(torch.zeros(1, *recording.shape, device=device)).shape[1:]
+            small: list[Picture] = []
 
-    def _pictures(self, codec: PipelineCodec, size: tuple[int, int], channels: int, device: torch.device | str, first: int,
-                  stop: int) -> Iterator[Conditioning]:
-        for image in tensors(self.wanted.pictures[first:stop], size, channels):
-            with torch.no_grad():
-                yield Conditioning({X0: codec.encode(image[None].to(device).float() / 127.5 - 1)})
+            @torch.no_grad()
+            def latent(row: int) -> Conditioning:
+                image = wanted.pictures[row].image(channels)
+                small.extend([wanted.pictures[row]] * is_small(image, (height, width)))
+                return Conditioning({X0: codec.encode(fitted(image, (height, width))[None].to(device).float() / 127.5 - 1)})
+
+            encoded += self.latents.fill(latent, self.limit)
+            say_enlarged(small, len(wanted.pictures), (height, width))
+        return encoded
 
     def _learnt(self) -> tuple[Learnt | None, str | None]:
         """(what training needs instead of the encoders, or None and why it needs them)."""
@@ -343,6 +370,32 @@ class Cache:
         """The latents; None where no pictures are wanted."""
         count = len(self.wanted.pictures)
         return Latents(self.latents, len(self.wanted.texts) - count + torch.arange(count)) if count else None
+
+
+def fill_all(caches: Sequence[Cache], device: torch.device | str) -> Filled | None:
+    """Fill the caches of one run, one for each size of picture, and add up what they hold; None where there are none."""
+    filled = [cache.fill(device) for cache in caches]
+    sums = {name: sum(getattr(one, name) for one in filled) for name in ("conditions", "latents", "encoded", "shards", "bytes")}
+    return replace(filled[0], folder=str(caches[0].folder if len(caches) == 1 else caches[0].folder.parent), **sums) if filled else None
+
+
+def divided(pictures: Sequence[Picture], buckets: Sequence[tuple[int, int]], source: Path | None, folder: Path | None) -> Sequence[int]:
+    """The number of each picture's bucket; kept in `folder`, the cache, if there is one: to learn a picture's size it must be opened."""
+    if not pictures or source is None:
+        return ()
+    made_of = digest([sizes(source), list(map(list, buckets))])
+    kept = folder / BUCKETS if folder else None
+    if kept and kept.is_file() and (found := read_json(kept)).get("of") == made_of:
+        return [int(number) for number in found["buckets"]]
+    placed = [nearest(p.size, buckets) for p in tqdm(pictures, desc="measure pictures", unit="picture", file=sys.stderr, dynamic_ncols=True,
+                                                     disable=not PartialState().is_main_process)]
+    if PartialState().is_main_process:
+        counts = Counter(placed)
+        tqdm.write("pictures by size: " + ", ".join(f"{h}x{w} {counts[i] or 'none'}" for i, (h, w) in enumerate(buckets)), file=sys.stderr)
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps({"of": made_of, "buckets": placed}))
+    return placed
 
 
 def _ends(encode: Callable[[str], Conditioning], texts: Sequence[str]) -> list[str]:
@@ -405,7 +458,8 @@ def opened(path: Path) -> Any:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One writer per cache; the lock ends with its process. ValueError where another one writes."""
+    """One writer, or one launch of them, per cache; the lock ends with its process. ValueError where another one writes."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import struct
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,11 +36,36 @@ class Picture:
 
     def image(self, channels: int) -> Image.Image:
         """Grey for one channel, else RGB, turned as its camera says. Raises ValueError naming its place where it is damaged."""
+        with self._opened() as file:
+            return ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width), turned as its camera says; no pixel is decoded. Raises as `image` does."""
+        with self._opened() as file:
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (file.width, file.height) if turned else (file.height, file.width)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Image.Image]:
         try:
             with Image.open(io.BytesIO(self.read())) as file:
-                return ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
+                yield file
         except DAMAGED as error:
             raise ValueError(f"{self.where} cannot be read as a picture: {error}") from error
+
+
+def nearest(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
+    """The number of the bucket (H, W) to which a picture of this size (H, W) is cropped least.
+
+    Of several with one aspect the largest that it need not be enlarged to; where it must be, the smallest.
+    """
+    def cost(number: int) -> tuple[float, bool, int]:
+        height, width = buckets[number]
+        small = size[0] < height or size[1] < width
+        return abs(math.log(size[0] * width / (size[1] * height))), small, height * width * (1 if small else -1)
+
+    return min(range(len(buckets)), key=cost)
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -51,17 +78,27 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return data.reshape(size[0], size[1], -1).permute(2, 0, 1).contiguous()
 
 
+def is_small(image: Image.Image, size: tuple[int, int]) -> bool:
+    """Whether `fitted` enlarges it."""
+    return image.height < size[0] or image.width < size[1]
+
+
+def say_enlarged(small: Sequence[Picture], count: int, size: tuple[int, int]) -> None:
+    """A line on standard error where some of `count` pictures were."""
+    if small:
+        tqdm.write(f"{len(small)} of {count} pictures are smaller than {size[1]}x{size[0]} and were enlarged, the first of them "
+                   f"{small[0].where}", file=sys.stderr)
+
+
 def tensors(pictures: Sequence[Picture], size: tuple[int, int], channels: int) -> Iterator[Tensor]:
     """`fitted` of each in turn; a line on standard error says at the end how many had to be enlarged."""
     small = []
     for picture in pictures:
         image = picture.image(channels)
-        if image.height < size[0] or image.width < size[1]:
+        if is_small(image, size):
             small.append(picture)
         yield fitted(image, size)
-    if small:
-        tqdm.write(f"{len(small)} of {len(pictures)} pictures are smaller than {size[1]}x{size[0]} and were enlarged, the first of them "
-                   f"{small[0].where}", file=sys.stderr)
+    say_enlarged(small, len(pictures), size)
 
 
 def read_pictures(path: Path) -> tuple[Picture, ...]:

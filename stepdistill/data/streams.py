@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -93,7 +95,12 @@ class Source:
 
     def batch(self, streams: Mapping[str, Stream], draws: Draws) -> Batch:
         """One batch with the streams a method declared. ValueError where it wants pictures and none were given."""
-        return Batch({name: self._sample(name, stream, draws) for name, stream in streams.items()})
+        return Batch({name: self._sample(name, stream, draws) for name, stream in streams.items()}, shape=tuple(self.teacher.shape))
+
+    def rows(self, streams: Mapping[str, Stream]) -> int:
+        """How many samples there are: pictures where any are read, else prompts or classes."""
+        pictures = self.pictures if any(isinstance(stream, Images) for stream in streams.values()) else None
+        return self.prompts or max(1, self.teacher.classes) if pictures is None else len(pictures.labels)
 
     def _sample(self, name: str, stream: Stream, draws: Draws) -> Sample:
         rows = draws.each(f"data/{name}")
@@ -103,6 +110,20 @@ class Source:
             raise ValueError("this method reads real pictures: set data.folder (or, for DMD2 without pictures, method.gan_weight=0)")
         chosen = rows.integers(len(self.pictures.labels)).cpu()
         return Sample(self.teacher.condition(self.pictures.labels[chosen]), self.pictures.states(chosen, self.teacher))
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Several sources, one for each size. An update has one of them, drawn as often as it has samples: equal on every process and
+    micro-batch."""
+
+    sources: Sequence[Source]
+
+    def batch(self, streams: Mapping[str, Stream], draws: Draws) -> Batch:
+        """A batch of one size."""
+        ends = list(accumulate(source.rows(streams) for source in self.sources))
+        row = int(draws.shared("data/bucket").integers(ends[-1]))
+        return self.sources[bisect_right(ends, row)].batch(streams, draws)
 
 
 def wants_pictures(streams: Mapping[str, Stream], given: bool) -> bool:

@@ -5,7 +5,8 @@
                                               tensor alpha for each layer; the networks are named there as their authors' code names them
 
 Either way W_student = W_teacher + up·down: the scale alpha / rank is multiplied into `up`, so alpha equals the rank, and a reader that
-ignores it is right all the same.
+ignores it is right all the same. SD3 and the other transformers leave in diffusers' names only: diffusers reads no other names for SD3
+(`SD3LoraLoaderMixin.lora_state_dict`), so kohya's could be checked against no loader.
 """
 
 from __future__ import annotations

@@ -59,6 +59,9 @@ def plan(driven: Driven, inputs: Mapping[str, Any], spec: SamplerSpec) -> Plan:
     """
     if spec.solver != "ddim":
         raise ValueError(f"a student that is sampled with the solver {spec.solver} cannot be exported as a pipeline: only ddim can")
+    if driven.door is not None:
+        raise ValueError(f"a student of {type(driven.pipeline).__name__} cannot be exported as a pipeline: its scheduler keeps states in "
+                         "another frame than its network's, which no few-step scheduler of this version does")
     refused: list[str] = []
     for candidate in (*_tables(driven, spec), *_flows(driven, spec)):
         if _walks(candidate, driven, inputs, spec, refused):
@@ -95,7 +98,7 @@ def few_steps(driven: Driven, spec: SamplerSpec) -> FewStepScheduler:
     return FewStepScheduler(
         [int(n) for n in told] if isinstance(process, TableVP) and all(n.is_integer() for n in told) else told,
         process.alpha(t).tolist(), process.sigma(t).tolist(), kept.tolist(), kinds[driven.kind], spec.clip_x0,
-        float(process.prior_std(t[0])), driven.flip)
+        float(process.prior_std(t[0])), driven.flip, spec.known_noise)
 
 
 def scheduler_of(teacher: Mapping[str, Any], spec: SamplerSpec) -> Any:

@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.process import Flow, TableVP
 from stepdistill.models.denoiser import CLOCKS
+from stepdistill.models.doors import Frame, asks_twice, door_of, lists_end, pin, scaled
 from stepdistill.models.load import first_order
 from stepdistill.models.wiring import Unrecordable
 
@@ -73,32 +74,38 @@ def drive(pipeline: Any, inputs: Mapping[str, Any], times: Sequence[float], *,
     chosen = copy.deepcopy(scheduler or pipeline.scheduler)
     turns: list[Turn] = []
     pending: list[Call] = []
+    twice, wanted = asks_twice(chosen), only or len(times)
 
     def pinned(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def set_timesteps(*args: Any, **kwargs: Any) -> None:
             _known(original)(*args, **kwargs)
-            clock = chosen.timesteps
-            whole = not clock.is_floating_point() and all(float(t).is_integer() for t in times)
-            chosen.timesteps = torch.tensor(list(times), device=clock.device, dtype=clock.dtype if whole else torch.float32)
-            chosen.num_inference_steps = len(times)
-            if hasattr(chosen, "sigmas") and not hasattr(chosen, "alphas_cumprod"):
-                sigmas = chosen.timesteps / chosen.config.num_train_timesteps
-                chosen.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+            pin(chosen, [*times, times[-1]] if twice else times)          # such a run ends at the network call after the last turn
         return set_timesteps
 
     def stepping(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-            turns.append(Turn(torch.as_tensor(timestep), _kept(sample), _kept(model_output), tuple(pending)))
+            again = kwargs.get("pred_original_sample") is not None
+            if kwargs.get("per_token_timesteps") is not None:             # FlowMatchEuler then counts its velocity towards the data
+                model_output = -model_output
+            if twice and not again:
+                model_output = chosen.precondition_outputs(sample, model_output, chosen.sigmas[chosen.step_index])
+            calls = turns.pop().calls if again else tuple(pending)
+            turns.append(Turn(_first(timestep), _kept(sample), _kept(model_output), calls))
             pending.clear()
-            if len(turns) == (only or len(times)):
+            if len(turns) == wanted and not twice:
                 raise _Done
-            after = sample if states is None else states(len(turns), turns)
-            return _Stepped(prev_sample=after, pred_original_sample=after) if return_dict else (after, after)
+            after = sample if states is None or len(turns) == wanted else states(len(turns), turns)
+            if twice:
+                chosen._step_index += 1
+            x0 = model_output if twice else after
+            return _Stepped(prev_sample=after, pred_original_sample=x0) if return_dict else (after, x0)
         return step
 
     def seen(name: str, arguments: Mapping[str, Any], run: Callable[[], Any]) -> Any:
+        if len(turns) == wanted:
+            raise _Done
         kept = _kept(arguments)                                           # a pipeline may write into its state in place
         output = answers(len(turns), len(pending), name, kept) if answers else None
         output = run() if output is None else output
@@ -107,7 +114,7 @@ def drive(pipeline: Any, inputs: Mapping[str, Any], times: Sequence[float], *,
 
     with _under(pipeline, chosen, stepping, pinned, _spying(seen)):
         _call(pipeline, inputs, len(times), seed, grad)
-    if len(turns) < (only or len(times)):
+    if len(turns) < wanted:
         raise Unrecordable(f"{type(pipeline).__name__} made {len(turns)} calls of scheduler.step for {len(times)} times")
     return turns
 
@@ -149,15 +156,23 @@ def watch(pipeline: Any, inputs: Mapping[str, Any], steps: int, *, scheduler: An
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             state = _kept(sample)
             result = original(model_output, timestep, sample, *args, **{k: v for k, v in kwargs.items() if v is not None})
-            walked.append((torch.as_tensor(timestep), state, _kept(result[0])))
-            if len(walked) == len(chosen.timesteps):
+            if kwargs.get("pred_original_sample") is not None:
+                walked.pop()
+            walked.append((_first(timestep), state, _kept(result[0])))
+            if len(walked) == len(chosen.timesteps) and not asks_twice(chosen):
                 raise _Done
             return result
         return step
 
+    undecoded = {"output_type": "latent"} if asks_twice(chosen) or lists_end(chosen) else {}                  # it runs to its end
     with _under(pipeline, chosen, stepping):
-        _call(pipeline, inputs, steps, seed, False)
+        _call(pipeline, {**inputs, **undecoded}, steps, seed, False)
     return walked
+
+
+def _first(timestep: Any) -> Tensor:
+    """A scheduler's time, which some pipelines repeat for every sample."""
+    return torch.as_tensor(timestep).flatten()[0]
 
 
 def _call(pipeline: Any, inputs: Mapping[str, Any], steps: int, seed: int, grad: bool) -> Any:
@@ -266,12 +281,18 @@ def _under(pipeline: Any, scheduler: Any, step: Wrap, set_timesteps: Wrap = _kno
 class Driven:
     """A pipeline under a one-step scheduler, driven at our times: with its process, its prediction kind and its guidance keyword.
 
-    `flip` is -1 where the scheduler counts its velocity towards the data. A stateful guider is replaced by plain guidance while driven.
+    States and outputs are the network's: scaled where the scheduler stands behind a door, with frames as an axis where it sees them as
+    rows. `flip` is -1 where the scheduler counts its velocity towards the data. A stateful guider is replaced by plain guidance while
+    driven.
     """
 
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
-        self.scheduler, self.process, self.kind, self.clock = first_order(pipeline.scheduler)
+        self.door = door_of(pipeline.scheduler)
+        self.frame: Frame = "own"
+        self.frames = 1                                                   # of one sample, where the scheduler sees each as a row
+        self.scheduler, self.process, self.kind, self.clock = (
+            (self.door.scheduler, self.door.process, self.door.given, self.door.clock) if self.door else first_order(pipeline.scheduler))
         self.flip = -1.0 if self.clock == "1000alpha" else 1.0
         self.guiders = [name for name in ("guider", "ocr_guider") if pipeline.components.get(name) is not None]
         takes = parameters_of(pipeline)
@@ -307,14 +328,37 @@ class Driven:
             raise Unrecordable("the scheduler's times and its sigmas are not one shift apart")
         self.process, self.clock = Flow(float(shifts.mean())), "1000t"
 
+    def enter(self, frame: Frame, kind: str) -> None:
+        """From here on states and outputs are those of the network, which is fed in this frame and predicts this kind."""
+        assert self.door is not None
+        self.frame, self.kind, self.process = frame, kind, self.door.framed(frame)
+
+    def fit_frames(self, state: Tensor, batch: int) -> bool:
+        """Whether a pipeline's own start for so many samples, (B·F, C, H, W), shows that it folds frames into rows; from here on they are
+        unfolded. A state that is only doubled for guidance does not show it."""
+        rows = len(state) // batch
+        if rows == 1 or state.ndim != 4 or torch.equal(state, state[:batch].repeat(rows, 1, 1, 1)):
+            return False
+        self.frames = rows
+        return True
+
+    def _folded(self, x: Tensor) -> Tensor:
+        return x if self.frames == 1 else x.transpose(1, 2).flatten(0, 1)
+
+    def _unfolded(self, x: Tensor) -> Tensor:
+        return x if self.frames == 1 else x.unflatten(0, (-1, self.frames)).transpose(1, 2)
+
     def times(self, ours: Sequence[float]) -> list[float]:
         """Our times as the scheduler counts them."""
-        return [float(round(v, 6)) for v in CLOCKS[self.clock](self.process, torch.tensor(ours, dtype=torch.float64)).tolist()]
+        offset = self.door.offset if self.door else 0.0
+        return [float(round(v + offset, 6)) for v in CLOCKS[self.clock](self.process, torch.tensor(ours, dtype=torch.float64)).tolist()]
 
     def time(self, theirs: Tensor) -> Tensor:
         """The scheduler's time as ours, float64."""
         if isinstance(self.process, TableVP):
             return (theirs.double() + 1) / self.process.steps
+        if self.door:
+            return self.process.time_of(-2 * self.door.ratio(theirs.double()).log())
         part = theirs.double() / self.scheduler.config.num_train_timesteps
         if self.clock == "1000t":
             return part
@@ -327,19 +371,45 @@ class Driven:
         stops = isinstance(self.process, TableVP) and not self.scheduler.config.set_alpha_to_one
         return torch.tensor(1 / self.process.steps if stops else 0.0, dtype=torch.float64)     # type: ignore[attr-defined]
 
-    def drive(self, inputs: Mapping[str, Any], number: float | None, times: Sequence[float], **options: Any) -> list[Turn]:
-        """`drive` at our times and the pipeline's guidance number."""
+    def drive(self, inputs: Mapping[str, Any], number: float | None, times: Sequence[float], *,
+              states: Callable[[int, Sequence[Turn]], Tensor] | None = None, **options: Any) -> list[Turn]:
+        """`drive` at our times, in our frame, and at the pipeline's guidance number."""
+        theirs = self.times(times)
+        factors = None if self.door is None else self.door.factor(self.process, self.time(torch.tensor(theirs, dtype=torch.float64)))
+        entered: list[Turn] = []
+
+        def state(i: int, turns: Sequence[Turn]) -> Tensor:
+            assert states is not None
+            entered[i - 1 :] = [self._entered(turns[-1])]
+            x = self._folded(states(i, entered))
+            return x if factors is None else scaled(x, factors[i])
+
         with self.guided(number) as scale:
-            return drive(self.pipeline, {**inputs, **scale}, self.times(times), scheduler=self.scheduler, **options)
+            turns = drive(self.pipeline, {**inputs, **scale}, theirs, scheduler=self.scheduler, states=states and state, **options)
+        return [self._entered(turn) for turn in turns]
+
+    def _entered(self, turn: Turn) -> Turn:
+        turn = replace(turn, state=self._unfolded(turn.state), output=self._unfolded(turn.output))
+        if self.door is None:
+            return turn
+        t = self.time(turn.time)
+        return replace(turn, state=scaled(turn.state, 1 / self.door.factor(self.process, t)),
+                       output=self.door.answer(turn.output, turn.state[: len(turn.output)], self.process, self.kind, t))
 
     def decode(self, x0: Tensor, inputs: Mapping[str, Any], answers: Answers) -> Tensor:
         """Pictures of clean states, in [0, 1], channels last."""
         with self.guided(None):
-            output = finish(self.pipeline, inputs, x0, self.scheduler, answers)
+            output = finish(self.pipeline, inputs, self._folded(x0 * self.door.size if self.door else x0), self.scheduler, answers)
         pictures = next(iter(output.values()))
         return torch.as_tensor(pictures).float().reshape(len(x0), *pictures.shape[1:])
 
     def watch(self, inputs: Mapping[str, Any], number: float | None, steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """`watch` with the one-step scheduler."""
+        """`watch` with the one-step scheduler, in our frame."""
         with self.guided(number) as scale:
-            return watch(self.pipeline, {**inputs, **scale}, steps, scheduler=self.scheduler)
+            walked = watch(self.pipeline, {**inputs, **scale}, steps, scheduler=self.scheduler)
+        walked = [(time, self._unfolded(state), self._unfolded(after)) for time, state, after in walked]
+        if self.door is None:
+            return walked
+        t = torch.stack([*(self.time(time).cpu() for time, _, _ in walked), self.end])
+        over = 1 / self.door.factor(self.process, t)
+        return [(time, scaled(state, over[i]), scaled(after, over[i + 1])) for i, (time, state, after) in enumerate(walked)]

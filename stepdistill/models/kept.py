@@ -68,6 +68,7 @@ class Learnt:
         facts = {"component": recording.component, "shape": recording.shape, "keyword": recording.keyword, "offset": recording.offset,
                  "notes": recording.notes, "branches": recording.branches, "row": recording.row, "asked": driven.keyword,
                  "shift": driven.process.shift if isinstance(driven.process, Flow) else None, "clock": driven.clock,
+                 "frame": driven.frame, "frames": driven.frames, "kind": driven.kind,
                  "taps": denoiser.taps, "law": denoiser.law, "wiring": recording.wiring,
                  "latents": law and {"index": law.index, "scale": law.scale, "shift": law.shift, "row": law.row}}
         return cls(pack(facts, "learnt", tensors), tensors)
@@ -85,6 +86,9 @@ class Learnt:
         driven.keyword, driven.clock = facts["asked"], facts["clock"]
         if facts["shift"] is not None:
             driven.process = Flow(facts["shift"])
+        driven.frames = facts["frames"]
+        if driven.door is not None:
+            driven.enter(facts["frame"], facts["kind"])
         denoiser = Denoiser(getattr(pipeline, facts["component"]), driven.process, driven.kind, driven.clock, taps=facts["taps"],
                             wiring=facts["wiring"], law=facts["law"])
         return Recording(driven, denoiser, facts["component"], facts["shape"], facts["keyword"], facts["offset"], facts["notes"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.drive import GUIDER
-from stepdistill.models.kept import Bank, Kept, Learnt
+from stepdistill.models.kept import Bank, Kept
 from stepdistill.models.latents import LatentLaw, learn_latents
 from stepdistill.models.load import Codec, Teacher, load_pipeline, without_dropout
 from stepdistill.models.quantize import QuantizeRecipe
 from stepdistill.models.recording import Inputs, Recording, record, usual_inputs
+from stepdistill.models.sizes import for_sizes
 from stepdistill.models.wiring import Unrecordable
 
 TAIL, HALF_TAIL = 1e-3, 5e-2                             # of pictures in [-1, 1], between the pipeline's tail and its VAE alone
@@ -127,6 +128,16 @@ class PromptTeacher(Teacher):
         chosen = [self.prompts[i] for i in labels.tolist()]
         return self.recording.encode(self.inputs(chosen), len(chosen), self.denoiser.guidance).to(self.device)
 
+    def at(self, call: Mapping[str, Any], prompts: Sequence[str], kept: Kept | None = None) -> PromptTeacher:
+        """The same pipeline under other keywords (another height and width), with prompts of its own; its modules are shared."""
+        own = self.denoiser
+        return _taught(self.recording.driven.pipeline, self.folder, prompts, call, kept, own.guidance, own.autocast, own.taps, self.notes)
+
+    def of_sizes(self, others: Sequence[PromptTeacher]) -> PromptTeacher:
+        """The same teacher, its denoiser for the states of the others, too. Raises ValueError as `for_sizes` does."""
+        every = (self, *others)
+        return replace(self, denoiser=for_sizes([t.denoiser for t in every], [t.shape for t in every]))
+
 
 def open_pipeline(folder: Path, call: Mapping[str, Any], *, device: torch.device | str, dtype: torch.dtype,
                   trust_remote_code: bool = False, loras: Mapping[str, float] | None = None,
@@ -145,14 +156,6 @@ def _still(pipeline: Any) -> Any:
     return pipeline
 
 
-def _reopened(folder: Path, call: Mapping[str, Any], learnt: Learnt, device: torch.device | str, dtype: torch.dtype,
-              loras: Mapping[str, float] | None, quantize: QuantizeRecipe | None) -> tuple[Recording, Inputs, Codec]:
-    only = (learnt.facts["component"], "scheduler", "vae")
-    pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, only=only, loras=loras, quantize=quantize))
-    recording = learnt.restored(pipeline)
-    return recording, usual_inputs(pipeline, **call), LawCodec(learnt.law(pipeline), recording.shape, type(pipeline).__name__)
-
-
 def load_prompted(folder: Path, prompts: Sequence[str], call: Mapping[str, Any], *, device: torch.device | str,
                   autocast: torch.dtype | None, dtype: torch.dtype, guidance: float, taps: tuple[str, ...], notes: Mapping[str, Any],
                   trust_remote_code: bool = False, kept: Kept | None = None,
@@ -164,12 +167,22 @@ def load_prompted(folder: Path, prompts: Sequence[str], call: Mapping[str, Any],
     """
     if not prompts:
         raise ValueError(f"{folder} is a pipeline that takes prompts: name a file of them, one per line, with data.prompts")
+    only = (kept.learnt.facts["component"], "scheduler", "vae") if kept and kept.learnt else None
+    pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, only=only, loras=loras,
+                                    quantize=quantize))
+    return _taught(pipeline, folder, prompts, call, kept, guidance, autocast, taps, notes)
+
+
+def _taught(pipeline: Any, folder: Path, prompts: Sequence[str], call: Mapping[str, Any], kept: Kept | None, guidance: float,
+            autocast: torch.dtype | None, taps: tuple[str, ...], notes: Mapping[str, Any]) -> PromptTeacher:
+    """A loaded pipeline as a teacher under these keywords."""
+    inputs = usual_inputs(pipeline, **call)
     codec: Codec
     if kept is not None and kept.learnt is not None:
-        recording, inputs, codec = _reopened(folder, call, kept.learnt, device, dtype, loras, quantize)
+        recording = kept.learnt.restored(pipeline)
+        codec = LawCodec(kept.learnt.law(pipeline), recording.shape, type(pipeline).__name__)
     else:
-        recording, inputs = open_pipeline(folder, call, device=device, dtype=dtype, trust_remote_code=trust_remote_code, loras=loras,
-                                          quantize=quantize)
+        recording = record(pipeline, inputs)
         codec = PipelineCodec(recording, inputs)
     denoiser = recording.denoiser
     denoiser.guidance, denoiser.autocast, denoiser.taps = guidance, autocast, taps or denoiser.taps

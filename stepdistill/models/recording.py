@@ -18,8 +18,10 @@ from torch import Tensor
 
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import CLOCKS, Denoiser, default_taps
+from stepdistill.models.doors import FEW_STEP, FRAMES, Door
 from stepdistill.models.drive import Driven, Turn, parameters_of
 from stepdistill.models.guidance import LAWS
+from stepdistill.models.load import KINDS
 from stepdistill.models.wiring import (
     FromClock,
     FromCondition,
@@ -153,8 +155,8 @@ def _filled(kind: str, rows: int, size: int, tag: int) -> Tensor:
 class _Watched:
     """One driven run: what was asked, and what the pipeline made of it."""
 
-    def __init__(self, recorder: Recorder, prompts: Sequence[str], scale: float | None):
-        self.prompts, self.scale, self.probes = prompts, scale, recorder.probes
+    def __init__(self, recorder: Recorder, prompts: Sequence[str], scale: float | None, probes: Sequence[_Probe] = ()):
+        self.prompts, self.scale, self.probes = prompts, scale, probes or recorder.probes
         self.templates: list[Any] = []
         times = [probe.t for probe in self.probes]
         self.turns = recorder.driven.drive(recorder.inputs(prompts), scale, times, states=self._state, answers=self._answer)
@@ -219,28 +221,70 @@ class Recorder:
         answers = ("noise", "close", "noise", "close", "noise")
         self.probes = [*first, *(_Probe(t(part), "noise", answer) for part, answer in zip(FIVE, answers, strict=True))]
         self.first = len(first)
-        self.baked = False
+        self.baked = self.coarse = False
+        if self.driven.door is not None:
+            self._enter(self.driven.door)
+
+    def _enter(self, door: Door) -> None:
+        """Learn the frame that the network is fed in, by how much of a state reaches it, and what it predicts, by what came of it."""
+        probes = [_Probe(t, state, answer) for t in FIVE for state, answer in (("zero", "zero"), ("one", "zero"), ("zero", "one"))]
+        run = _Watched(self, PROMPTS[:2], SCALES[0], [*self.probes[:ZEROS], *probes])
+        turns = run.turns[ZEROS:]
+        out = lambda i: turns[i].output[:1].double().flatten()                                                   # noqa: E731
+        fed, p, q = (torch.stack(rows) for rows in zip(*(
+            (_reached(turns[i], turns[i + 1]), out(i + 2) - out(i), out(i + 1) - out(i)) for i in range(0, len(turns), 3)), strict=True))
+        if bool((p - p[:, :1]).abs().max() > FIT * p.abs().max()):
+            raise Unrecordable("the network's answer reaches a part of the state only: the rest is a picture that the pipeline is given")
+        self.coarse = primary(run.templates[0])[0].dtype in (torch.bfloat16, torch.float16)
+        near = lambda a, b, size: bool(((a - b).abs() <= (HALF if self.coarse else FIT) * size).all())           # noqa: E731
+        t = torch.tensor(FIVE, dtype=torch.float64, device=p.device)
+        p, q = p[:, 0], q[:, 0]
+        frames = [frame for frame in FRAMES if near(fed * door.factor(door.framed(frame), t) / door.size, torch.ones_like(t), 1)]
+        if not frames:
+            raise Unrecordable(f"the network is fed its state times {[round(v, 6) for v in fed.tolist()]}, which is in none of the frames "
+                               f"{', '.join(FRAMES)}")
+        for kind in KINDS.values():
+            expected = door.parts(door.framed(frames[0]), kind, t)
+            if any(near(sign * expected[0], p, p.abs() + q.abs()) for sign in (1, -1)) and near(expected[1], q, p.abs() + q.abs()):
+                self.driven.enter(frames[0], kind)
+                return
+        raise Unrecordable(f"what the scheduler is given is {[round(v, 6) for v in p.tolist()]} times the network's answer and "
+                           f"{[round(v, 6) for v in q.tolist()]} times the state, which fits none of {', '.join(KINDS.values())}")
 
     def record(self) -> Recording:
         """Raises Unrecordable, or ValueError from the pipeline's own checks."""
         for keyword in self.driven.keywords:                              # the first that guides: true guidance before an embedded number
             self.driven.keyword = keyword
-            recording = self._record()
+            try:
+                recording = self._record()
+            except Unrecordable as error:
+                if not self.coarse:
+                    raise
+                raise Unrecordable("its scheduler keeps states in another frame than its network's, and half precision is too coarse to "
+                                   f"look through it ({error}): load it with dtype float32") from error
             if recording.keyword is not None:
                 break
         return recording
 
     def _record(self) -> Recording:
-        two, three = _Watched(self, PROMPTS[:2], SCALES[0]), _Watched(self, PROMPTS, SCALES[0])
+        two = _Watched(self, PROMPTS[:2], SCALES[0])
+        if self.driven.fit_frames(two.turns[0].state, two.batch):
+            two = _Watched(self, PROMPTS[:2], SCALES[0])
+        three = _Watched(self, PROMPTS, SCALES[0])
         others, scaled = _Watched(self, OTHERS, SCALES[0]), _Watched(self, PROMPTS[:2], SCALES[1])
         calls = two.turns[self.first].calls
         components = {call.component for turn in two.turns[ZEROS:] for call in turn.calls}
         if len(components) > 1:
-            raise Unrecordable(f"several networks take part: {', '.join(sorted(components))}")
+            raise Unrecordable(f"several networks take part ({', '.join(sorted(components))}), and a role is one network")
         if any(len(turn.calls) != len(calls) for turn in two.turns[ZEROS:]):
             raise Unrecordable("the number of network calls changes from step to step")
         component = components.pop()
         notes = ["its guider is replaced by plain guidance"] if self.driven.guiders else []
+        if isinstance(scheduler := self.driven.pipeline.scheduler, FEW_STEP):
+            notes.append(f"{type(scheduler).__name__} samples few-step students, whose x0 is the end of a trajectory, not a mean")
+        if self.driven.frame != "own":
+            notes.append(f"its network is fed states in another frame ({self.driven.frame}) than its scheduler keeps: students can be "
+                         "trained, and not yet exported as a pipeline")
         branches = [b for i, _ in enumerate(calls) for b in self._blocks(two, i)]
         layout, sign = self._output(two)
         order, offset, law = self._law(two, scaled, branches, layout, sign)
@@ -428,6 +472,9 @@ class Recorder:
             a, b = _rounded(fitted[0], size / float(x.abs().max())), _rounded(fitted[1], size)
             if float((a * x + b - y).abs().max()) <= tolerance * size:
                 return FromClock(basis, a, b, _tail(values[0], run.batch * branch.of), path)
+        following = torch.tensor(self.driven.times(t[1:].tolist()), dtype=torch.float64)
+        if float((y[:-1] - following).abs().max()) <= tolerance * size:
+            raise Unrecordable(f"{path} is the time of the next step: the network answers for pairs of times, a teacher for one")
         raise Unrecordable(f"the network's time {path} is linear in none of {', '.join(CLOCKS)}: {[round(v, 4) for v in numbers]}")
 
     def _scale(self, path: str, at_first: Any, at_second: Any, branch: Branch, run: _Watched) -> FromScale | None:
@@ -440,6 +487,16 @@ class Recorder:
         ys = [float(v[0]) for v in ends]
         a = (ys[1] - ys[0]) / (SCALES[1] - SCALES[0])
         return FromScale(_rounded(a, abs(a)), _rounded(ys[0] - a * SCALES[0], abs(ys[0])), _tail(at_first, run.batch * branch.of))
+
+
+def _reached(zero: Turn, one: Turn) -> Tensor:
+    """What became of a state of ones on the way to the network."""
+    first, second = zero.calls[0].arguments, one.calls[0].arguments
+    for path, value in leaves_of(first):
+        if not same(value, at(second, path)):
+            span = (at(second, path).double() - value.double()).flatten()
+            return span[span.abs().argmax()]
+    raise Unrecordable("no argument of the network is the sample")
 
 
 def _tail(value: Any, rows: int) -> tuple[int, ...] | None:
@@ -492,6 +549,8 @@ def usual_inputs(pipeline: Any, **extra: Any) -> Inputs:
             given = {"batch_size": len(prompts)}
         else:
             raise Unrecordable(f"{type(pipeline).__name__} takes neither prompts nor class labels nor a batch size")
+        if "intermediate_timesteps" in takes:                             # SANA-Sprint's default is for two steps only
+            given["intermediate_timesteps"] = None
         return {**given, **extra}
 
     return inputs

@@ -16,6 +16,7 @@ from stepdistill.models.adapters import active, adapted
 from stepdistill.models.attention import attention
 from stepdistill.models.denoiser import Denoiser, tapped
 from stepdistill.models.quantize import held
+from stepdistill.models.sizes import SizedWiring
 from stepdistill.models.wiring import FromSample, Wiring, leaves_of, primary
 from stepdistill.training.assemble import Run, run_update
 
@@ -81,9 +82,10 @@ def recorded(run: Run) -> Iterator[list[Pass]]:
 
 def _sample(denoiser: Denoiser) -> int | str:
     """Where a call of this network holds its state: the first argument, or the keyword that a recording learnt."""
-    if not isinstance(denoiser.wiring, Wiring):
+    wiring = denoiser.wiring.any if isinstance(denoiser.wiring, SizedWiring) else denoiser.wiring
+    if not isinstance(wiring, Wiring):
         return 0
-    return next(path for path, leaf in leaves_of(denoiser.wiring.arguments) if isinstance(leaf, FromSample))
+    return next(path for path, leaf in leaves_of(wiring.arguments) if isinstance(leaf, FromSample))
 
 
 def _each(x: Any) -> Sequence[Tensor]:
@@ -162,15 +164,16 @@ def bench_step(run: Run, repeats: int = 30, progress: Callable[[int], None] | No
 
 
 def bytes_of(run: Run) -> dict[str, dict[str, int]]:
-    """Bytes of weights, gradients and optimizer state per role, and of the EMA."""
+    """Bytes of weights (buffers among them), gradients and optimizer state per role, and of the EMA."""
     table = {}
     for name in run.roles.names:
         sizes = [held(p) for p in run.roles.parameters(name)]
         weights, trains = sum(size for _, size in sizes), name in run.roles.trains
-        table[name] = {"parameters": sum(number for number, _ in sizes), "weights": weights,
+        buffers = sum(b.nbytes for b in run.roles.module(name).buffers())
+        table[name] = {"parameters": sum(number for number, _ in sizes), "weights": weights + buffers,
                        "gradients": weights if trains else 0, "optimizer": run.optim.bytes(name) if trains else 0}
     if run.ema:
-        weights = sum(p.numel() * p.element_size() for p in run.ema.network.parameters())
+        weights = sum(v.nbytes for v in (*run.ema.network.parameters(), *run.ema.network.buffers()))
         table["ema"] = {"parameters": 0, "weights": weights, "gradients": 0, "optimizer": 0}
     return table
 

@@ -327,7 +327,7 @@ def _demand(recipe: Recipe, roles: Roles, name: str, activations: int) -> Demand
 
 @dataclass(frozen=True)
 class BlankDraws(Draws):
-    """Draws without numbers; a whole number drawn for the whole batch (which call is trained) is the last, after the longest rollout."""
+    """Draws without numbers; what is drawn for the whole batch is the last: the call that is trained comes after the longest rollout."""
 
     def shared(self, tag: str) -> Noise:
         return _Last(super().shared(tag).seeds, False, self.device)
@@ -336,6 +336,9 @@ class BlankDraws(Draws):
 class _Last(Noise):
     def integers(self, high: int) -> Tensor:
         return torch.tensor(high - 1)
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return torch.tensor(high, dtype=torch.float64)
 
 
 # ---- what would make it fit

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.data.pictures import Picture, fitted, read_pictures, tensors
+from stepdistill.data.pictures import Picture, fitted, nearest, read_pictures, tensors
 
 CAPTIONS = ("a red apple", "snow", "two houses", "a blue door")
 SIZE = (8, 8)
@@ -198,3 +198,24 @@ def test_pictures_are_turned_as_the_camera_says():
     exif[0x0112] = 6                                                         # a quarter turn
     image.save(file, "jpeg", exif=exif)
     assert Picture("x", "", file.getvalue).image(3).size == (4, 6)
+
+
+# ---- buckets
+
+@pytest.mark.parametrize(("size", "number"), [
+    ((100, 100), 0), ((100, 120), 0), ((100, 125), 1), ((1000, 1250), 3), ((125, 100), 2), ((110, 900), 3), ((100, 900), 1), ((51, 64), 1), ((30, 38), 1)])
+def test_a_picture_goes_where_it_is_cropped_least(size: tuple[int, int], number: int) -> None:
+    """Of two sizes with one aspect it takes the largest that it fills; one that fills neither, the smallest."""
+    assert nearest(size, ((64, 64), (51, 77), (77, 51), (102, 154))) == number
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_is_that_of_the_turned_picture(orientation: int) -> None:
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (12, 10)).save(file, "jpeg", exif=exif)
+    picture = Picture("a.jpg", "", file.getvalue)
+    assert picture.size == (picture.image(3).height, picture.image(3).width)
+    with pytest.raises(ValueError, match=r"^a\.jpg cannot be read as a picture"):
+        _ = Picture("a.jpg", "", lambda: file.getvalue()[:20]).size

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo import images
+from zoo import images, videos
 
-from stepdistill.diffusion.sampler import SamplerSpec
+from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.sampler import SamplerSpec, steps
 from stepdistill.diffusion.times import trailing
 from stepdistill.export.schedule import plan
-from stepdistill.models.drive import Driven
+from stepdistill.models.drive import Driven, watch
+from stepdistill.models.recording import record
 from stepdistill.pipelines.few_step_scheduler import FewStepScheduler
 
 EULER, OWN = "FlowMatchEulerDiscreteScheduler", "FewStepScheduler"
@@ -33,6 +35,19 @@ def test_every_kind_of_pipeline_finds_one(name: str, spec: SamplerSpec, schedule
     driven.fit_shift(inputs, 3.0)
     chosen = plan(driven, inputs, spec)
     assert (type(chosen.scheduler).__name__, chosen.stock) == (scheduler, scheduler != OWN)
+
+
+def test_a_pipeline_that_negates_its_answers_walks_as_our_sampler_does() -> None:
+    """LTX with conditions hands over a time for every token besides; the whole pipeline runs, with its real network."""
+    exhibit, spec = videos.EXHIBITS["ltx-condition"], SamplerSpec((1.0, 0.6, 0.3), renoise=0)
+    recording, inputs = record(exhibit.build(), exhibit.inputs), exhibit.inputs(["a red apple"])
+    inputs = {**inputs, "guidance_scale": 1.0}
+    chosen = plan(recording.driven, inputs, spec)
+    assert not chosen.stock
+    walked = watch(recording.driven.pipeline, inputs, 3, scheduler=chosen.scheduler)
+    with torch.no_grad():
+        *_, last = steps(recording.denoiser, walked[0][1], spec, recording.encode(inputs, 1), Draws(0, range(1)))
+    torch.testing.assert_close(last.x0, walked[-1][2], rtol=1e-4, atol=1e-4)
 
 
 def scheduler() -> FewStepScheduler:

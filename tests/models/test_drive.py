@@ -8,6 +8,7 @@ from zoo import basics, videos
 
 from stepdistill.models.drive import Driven, drive, grid, watch
 from stepdistill.models.load import first_order
+from stepdistill.models.recording import record
 from stepdistill.models.wiring import answered, primary
 
 
@@ -89,6 +90,42 @@ def test_the_grid_is_the_pipelines_own(pipeline, inputs):
     times, _ = grid(pipeline, inputs, 5, pipeline.scheduler)
     pipeline.scheduler.set_timesteps(5)
     assert torch.equal(times, pipeline.scheduler.timesteps)
+
+
+def test_a_velocity_towards_the_data_is_turned_round():
+    """LTX with conditions tells its scheduler a time for every token and hands over the negated velocity."""
+    exhibit = videos.EXHIBITS["ltx-condition"]
+    driven = Driven(exhibit.build())
+    turn, = driven.drive(exhibit.inputs(["a"]), 1.0, [0.7, 0.2], only=1)
+    assert torch.equal(turn.output, turn.calls[-1].output[0])
+
+
+@pytest.mark.parametrize("name", ["cosmos", "text-to-video"])
+def test_states_are_given_and_returned_as_the_network_sees_them(name):
+    exhibit = videos.EXHIBITS[name]
+    driven = record(exhibit.build(), exhibit.inputs).driven
+    inputs = exhibit.inputs(["a", "b"])
+    shape = (2, 16, 2, 4, 4) if name == "cosmos" else (2, 4, 3, 8, 8)
+
+    def states(i, turns):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(i))
+
+    turns = driven.drive(inputs, 3.0, [0.9, 0.6, 0.3], states=states)
+    for i, turn in enumerate(turns[1:], 1):
+        torch.testing.assert_close(turn.state, states(i, turns), rtol=1e-5, atol=1e-5)
+        fed = turn.calls[0].arguments["hidden_states" if name == "cosmos" else "sample"]
+        torch.testing.assert_close(fed[:2], turn.state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("only", [1, 2, 3])
+def test_a_pipeline_that_asks_its_scheduler_for_x0_first_is_stopped_after_as_many_turns(only):
+    """Cosmos 1 calls step twice: a turn is the second call, guided."""
+    exhibit = videos.EXHIBITS["cosmos"]
+    driven = Driven(exhibit.build())
+    turns = driven.drive(exhibit.inputs(["a", "b"]), 4.0, [0.9, 0.6, 0.3], only=only)
+    assert len(turns) == only
+    assert {len(turn.output) for turn in turns} == {2}
+    assert {len(turn.calls) for turn in turns} == {2}
 
 
 def test_calls_say_which_network_was_asked():

@@ -18,7 +18,7 @@ PROMPTS = ["a red apple", "a red house"]
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21-v", "sdxl", "sd3", "lumina2", "flux-dev", "cogview4", "z-image", "deepfloyd_if",
-                                  "krea2", "wan21-video"])
+                                  "krea2", "wan21-video", "sdxl-edm", "sana_sprint"])
 def test_a_restored_recording_calls_its_network_as_before(name):
     """Packed, listed, shifted, embedded and doubled: every way of calling that a wiring knows, and pixels, latents and videos."""
     exhibit = EXHIBITS[name]
@@ -44,6 +44,12 @@ def test_a_restored_recording_calls_its_network_as_before(name):
         recording.shape, recording.keyword, recording.offset, recording.branches)
     made = LawCodec(learnt.law(pipeline), again.shape, "").decode(x_t[:1])
     assert float((made - expected).abs().max()) < 1e-4
+
+
+def test_frames_that_are_rows_of_the_scheduler_are_so_again():
+    exhibit = videos.EXHIBITS["text-to-video"]
+    recording = record(exhibit.build(), exhibit.inputs)
+    assert Learnt.of(recording, None).restored(recording.driven.pipeline).driven.frames == 3
 
 
 def test_a_decoder_that_is_more_than_a_vae_is_found_out():

@@ -4,23 +4,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 from zoo import basics, images, videos
 
 from stepdistill.models.parity import forced, loop, prove
-from stepdistill.models.recording import record
-from stepdistill.models.wiring import FromClock, FromCondition, FromSample, FromScale, leaves_of
+from stepdistill.models.recording import record, usual_inputs
+from stepdistill.models.wiring import FromClock, FromCondition, FromSample, FromScale, Unrecordable, leaves_of
 
 BOUND = 1e-4
 ZOO = {**basics.EXHIBITS, **images.EXHIBITS, **{k: v for k, v in videos.EXHIBITS.items() if k != "kandinsky5"}}
 NAMED = ("ddpm", "ddim", "dit", "sd15", "sd21-v", "sdxl", "sd3", "pixart-alpha", "pixart-sigma", "hunyuandit", "sana", "lumina2",
          "auraflow", "chroma", "cogview4", "flux-dev", "flux-schnell", "flux2", "qwen-image", "z-image", "kandinsky3",
-         "wan21", "cogvideox", "ltx", "hunyuan-video", "mochi", "latte", "animatediff")
+         "wan21", "cogvideox", "ltx", "hunyuan-video", "mochi", "latte", "animatediff",
+         "sdxl-edm", "sana_sprint", "cosmos", "cosmos2-image", "text-to-video", "ltx-condition")
 REFUSED = {
     "wan22": "several networks", "glm_image": "made anew for every call", "qwen-image21": "made anew for every call",
-    "cosmos2-image": "depends on the state itself", "cosmos": "neither a DDPM table nor flow matching",
-    "sana_sprint": "neither a DDPM table nor flow matching", "stable_cascade": "neither a DDPM table nor flow matching",
-    "anyflow": "neither a DDPM table nor flow matching", "hunyuan_image-distilled": "timestep_r is linear in none",
-    "text-to-video": "another order of samples"}
+    "cosmos2-video": "a picture that the pipeline is given", "consistency_models": "a student already",
+    "stable_cascade": "neither a DDPM table nor flow matching",
+    "anyflow": "neither a DDPM table nor flow matching", "hunyuan_image-distilled": "timestep_r is the time of the next step"}
 
 
 def recorded(name):
@@ -39,7 +40,7 @@ def test_parity(name):
     assert parity.worst < BOUND, parity
 
 
-UNFIT = {"omnigen", "ltx-condition", "consistency_models", "stable_cascade-prior", "cosmos2-video", "ltx2", "skyreels-v2-forcing",
+UNFIT = {"omnigen", "stable_cascade-prior", "ltx2", "skyreels-v2-forcing",
          "anyflow-far"}
 
 
@@ -81,7 +82,7 @@ def test_a_guidance_embedding_made_by_the_pipeline_is_part_of_the_condition():
     recording, exhibit = recorded("latent_consistency")
     weak, strong = (recording.encode(exhibit.inputs(["a"]), 1, number) for number in (2.0, 8.0))
     assert not torch.equal(weak["timestep_cond"], strong["timestep_cond"])
-    assert "part of the condition" in recording.notes[0]
+    assert any("part of the condition" in note for note in recording.notes)
 
 
 @pytest.mark.parametrize(("name", "basis", "a", "b"), [
@@ -92,6 +93,38 @@ def test_clocks(name, basis, a, b):
     recording, _ = recorded(name)
     (clock,) = leaves(recording, FromClock).values()
     assert (clock.basis, clock.a, clock.b) == (basis, pytest.approx(a, rel=1e-5), b)
+
+
+@pytest.mark.parametrize(("name", "frame", "kind", "sign"), [
+    ("cosmos2-image", "flow", "flow", 1), ("cosmos", "vp", "v", -1), ("sdxl-edm", "vp", "v", 1), ("sana_sprint", "flow", "flow", 1)])
+def test_frames_and_what_is_predicted_in_them(name, frame, kind, sign):
+    """Cosmos 2 and SANA-Sprint are flow matching behind their doors, and EDM's raw output is v, or minus v."""
+    recording, _ = recorded(name)
+    assert (recording.driven.frame, recording.denoiser.kind, recording.wiring.sign) == (frame, kind, sign)
+
+
+def test_a_frame_that_no_network_is_known_to_be_fed_in_is_refused(monkeypatch):
+    real = EDMEulerScheduler.precondition_inputs
+    monkeypatch.setattr(EDMEulerScheduler, "precondition_inputs", lambda self, x, sigma: 2 * real(self, x, sigma))
+    with pytest.raises(Unrecordable, match="none of the frames own, flow, vp"):
+        recorded("sdxl-edm")
+
+
+def test_an_output_law_that_is_no_prediction_is_refused(monkeypatch):
+    real = EDMEulerScheduler.precondition_outputs
+    monkeypatch.setattr(EDMEulerScheduler, "precondition_outputs", lambda self, x, out, sigma: real(self, x, out, sigma) + 0.1 * x)
+    with pytest.raises(Unrecordable, match="fits none of eps, x0, v, flow"):
+        recorded("sdxl-edm")
+
+
+def test_half_precision_behind_a_door_names_the_remedy():
+    exhibit = ZOO["sdxl-edm"]
+    with pytest.raises(Unrecordable, match=r"half precision is too coarse .* load it with dtype float32"):
+        record(exhibit.build().to(torch.bfloat16), exhibit.inputs)
+
+
+def test_a_distilled_model_says_that_it_is_one():
+    assert any("the end of a trajectory, not a mean" in note for note in recorded("sana_sprint")[0].notes)
 
 
 def test_lists_slices_and_packed_states():
@@ -123,6 +156,24 @@ def test_a_condition_can_be_sliced_and_joined_whatever_its_leaves_are():
     x_t, t = torch.randn(2, *recording.shape), torch.tensor([0.3, 0.8])
     for cond in (parts[0].cat(parts[1]), whole.slice(torch.tensor([0, 1]))):
         assert torch.allclose(recording.denoiser(x_t, t, cond, w=3.0).raw, recording.denoiser(x_t, t, whole, w=3.0).raw, atol=1e-4)
+
+
+def test_frames_that_the_scheduler_sees_as_rows_are_an_axis_of_the_state():
+    recording, exhibit = recorded("text-to-video")
+    assert recording.shape == (4, 3, 8, 8)
+    assert recording.driven.frames == 3
+    assert recording.decode(torch.randn(2, *recording.shape), exhibit.inputs(["a", "b"])).shape[:2] == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["dit", "latte", "animatediff"])
+def test_a_doubled_state_and_frames_folded_behind_the_scheduler_are_no_rows(name):
+    assert recorded(name)[0].driven.frames == 1
+
+
+def test_prompts_of_a_pipeline_whose_default_grid_is_for_two_steps():
+    pipeline = images.EXHIBITS["sana_sprint"].build()
+    inputs = usual_inputs(pipeline)(["a"])
+    assert inputs == {"prompt": ["a"], "intermediate_timesteps": None}
 
 
 def test_position_ids_and_rotary_tables_follow_the_size_of_the_state():

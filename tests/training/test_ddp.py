@@ -30,7 +30,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "consistency": ("consistency", {k: v for k, v in FIVE.items() if k != "method__fake_updates"}),
 }
 GRADIENTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gradients-dmd2": ("dmd2", {"batch_size": 8}), "gradients-consistency": ("consistency", {"batch_size": 8})}
+    "gradients-dmd2": ("dmd2", {"batch_size": 8}), "gradients-consistency": ("consistency", {"batch_size": 8}),
+    "gradients-dp_dmd": ("dp_dmd", {"batch_size": 8, "student__steps": 3})}                        # calls the student three times
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -222,7 +222,7 @@ class TwoConfig:
 
 
 class Two(Method[TwoConfig]):
-    """Regression on the teacher; at the second stage the student becomes the teacher and its optimizer starts afresh."""
+    """Regression on another copy; at the second stage that becomes the student, whose optimizer starts afresh."""
 
     title, arxiv, family = "Two stages", "0000.00000", "toy"
     Config = TwoConfig
@@ -233,7 +233,7 @@ class Two(Method[TwoConfig]):
 
     @classmethod
     def needs(cls, cfg: TwoConfig) -> Mapping[str, Role]:
-        return {"teacher": Role(), "student": Role(trains=True)}
+        return {"teacher": Role(), "student": Role(trains=True), "previous": Role()}
 
     def stages(self, steps: int) -> Sequence[Stage]:
         return Stage("one", 2), Stage("two", steps - 2, resets=("student",))
@@ -241,13 +241,13 @@ class Two(Method[TwoConfig]):
     def enter(self, stage: Stage, m: Roles) -> None:
         self.entered.append(stage.name)
         if stage.name == "two":
-            m.follow("teacher", "student", 0)
+            m.follow("previous", "student", 0)
 
     def student_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         t, cond = draws.each("t").uniform(0.3, 0.9), batch["main"].cond
         x_t = draws.each("x").normal(*self.setup.shape)
         with torch.no_grad():
-            goal = m.teacher(x_t, t, cond, w=2.0).x0
+            goal = m.previous(x_t, t, cond, w=2.0).x0
         return Loss(l2(m.student(x_t, t, cond).x0, goal).mean())
 
     def sampler(self) -> SamplerSpec:
@@ -272,15 +272,24 @@ def test_stages_are_entered_once_and_reset_their_optimizers(two: Any, tmp_path: 
     read = [checkpoint.read(path) for path in checkpoint.listed(tmp_path / "run" / loop.CHECKPOINTS)]
     assert read[-1][1]["method"] == {"entered": ["one", "two"]}
     assert [float(tensors["optim/student/0/step"]) for tensors, _ in read] == [1, 2, 1, 2, 3, 4]
-    assert read[-1][1]["counts"] == {"student": 6}                           # schedules go on
+    assert read[-1][1]["counts"] == {"student": 6}
     key = "role/{}/conv_in.weight"
-    assert torch.equal(read[2][0][key.format("teacher")], read[1][0][key.format("student")])
-    assert not torch.equal(read[1][0][key.format("teacher")], read[1][0][key.format("student")])
+    assert torch.equal(read[2][0][key.format("previous")], read[1][0][key.format("student")])
+    assert not torch.equal(read[1][0][key.format("previous")], read[1][0][key.format("student")])
+    assert not any(name.startswith("role/teacher") for name in read[-1][0])
+
+
+def test_schedules_start_afresh_with_their_stage(two: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two updates of the first stage and four of the second, each falling to zero; a resumed run is on the same line."""
+    falling = replace(two, optim={"student": OptimRecipe(8e-3, schedule="linear")})
+    loop.start(replace(falling, steps=6), tmp_path / "run")
+    rates = [line["lr/student"] for line in log_lines(tmp_path / "run")]                              # of the next update
+    assert rates[:-1] == pytest.approx([4e-3, 8e-3, 6e-3, 4e-3, 2e-3])
 
 
 @pytest.mark.parametrize("stop", [2, 4])
 def test_stages_survive_resuming(two: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    """From the border between the stages, and from the middle of the second, whose teacher is no longer the one on disk."""
+    """From the border between the stages, and from the middle of the second, whose copy is the student of the first."""
     loop.start(two, tmp_path / "whole")
     original = loop.run_update
 

@@ -142,3 +142,14 @@ def test_dry_run(base: Path) -> None:
     assert report["updates_per_iteration"] == {"student": 1, "fake": 2, "disc": 2}
     assert len(report["passes"]) == 6
     assert report["eta_seconds"] == pytest.approx(30 * report["iteration_seconds"])
+
+
+def test_buffers_are_among_the_bytes_of_weights(base: Path) -> None:
+    run = tiny_run(base, **DATA_FREE)
+    before = measure.bytes_of(run)
+    for network in (run.roles.module("student"), run.ema.network):
+        network.register_buffer("table", torch.zeros(10))
+    after = measure.bytes_of(run)
+    assert {name for name in after if after[name] != before[name]} == {"student", "ema"}
+    assert all(after[name]["weights"] == before[name]["weights"] + 40 for name in ("student", "ema"))
+    assert after["student"]["gradients"] == before["student"]["gradients"]

@@ -87,7 +87,7 @@ def test_every_method_can_be_planned(base: Path) -> None:
     for method in METHODS:
         found = plan.plan(tiny_recipe(base, method))
         assert set(found.roles) == set(METHODS[method].needs(tiny_recipe(base, method).method_config))
-        assert all(role.activations > 0 for role in found.roles.values())
+        assert all(role.activations > 0 for name, role in found.roles.items() if name != "previous")             # later stages ask that
         assert found.peak > found.resident
 
 

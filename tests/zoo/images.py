@@ -32,6 +32,7 @@ from diffusers import (
     DDPMWuerstchenScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     ErnieImagePipeline,
     ErnieImageTransformer2DModel,
     EulerDiscreteScheduler,
@@ -83,6 +84,7 @@ from diffusers import (
     SanaPipeline,
     SanaSprintPipeline,
     SanaTransformer2DModel,
+    SchedulerMixin,
     SCMScheduler,
     SD3Transformer2DModel,
     StableCascadeDecoderPipeline,
@@ -246,7 +248,7 @@ def movq() -> VQModel:
 # The pipelines
 
 
-def sdxl() -> StableDiffusionXLPipeline:
+def sdxl(scheduler: SchedulerMixin | None = None) -> StableDiffusionXLPipeline:
     tokenizer = clip_tokenizer()
     network = UNet2DConditionModel(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=64,
                                    attention_head_dim=(2, 4), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -255,7 +257,7 @@ def sdxl() -> StableDiffusionXLPipeline:
                                    projection_class_embeddings_input_dim=6 * 8 + 32)
     return quiet(StableDiffusionXLPipeline(
         vae(), clip_text(tokenizer), clip_pooled(tokenizer), tokenizer, clip_tokenizer(), shaken(network),
-        EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"), add_watermarker=False))
+        scheduler or EulerDiscreteScheduler(**BETAS, steps_offset=1, timestep_spacing="leading"), add_watermarker=False))
 
 
 def sd3() -> StableDiffusion3Pipeline:
@@ -652,6 +654,8 @@ def _qwen21_inputs(prompts: Sequence[str]) -> dict[str, Any]:
 
 EXHIBITS = {
     "sdxl": Exhibit(sdxl, lambda prompts: {"prompt": list(prompts)} | SIZE, {"width": 24}),
+    "sdxl-edm": Exhibit(lambda: sdxl(EDMEulerScheduler(prediction_type="v_prediction", sigma_schedule="exponential")),
+                        lambda prompts: {"prompt": list(prompts)} | SIZE, {"width": 24}),
     "sd3": Exhibit(sd3, _sd3_inputs, {"width": 24}),
     "pixart-alpha": Exhibit(pixart, _pixart_inputs, {"width": 24}),
     "pixart-sigma": Exhibit(lambda: pixart(PixArtSigmaPipeline), _pixart_inputs, {"width": 24}),
