@@ -54,7 +54,7 @@ def chosen_recipe(config: str | None, overrides: list[str] | None) -> Any:
     from stepdistill import recipe
 
     if config is None:
-        raise ValueError(f"name a recipe with --config ({', '.join(recipe.names())}, or a YAML file)")
+        raise ValueError(f"name a recipe with --config ({recipe.shown()}, or a YAML file)")
     return recipe.load(config, overrides or [])
 
 
@@ -80,7 +80,7 @@ def train(
         outcome = loop.resume(resume)
     else:
         if config is None:
-            raise ValueError(f"name a recipe with --config ({', '.join(recipe.names())}, or a YAML file), or a run with --resume")
+            raise ValueError(f"name a recipe with --config ({recipe.shown()}, or a YAML file), or a run with --resume")
         chosen = recipe.load(config, overrides or [])
         if dry_run:
             return _dry_run(chosen, as_json)

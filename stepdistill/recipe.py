@@ -145,6 +145,15 @@ def names() -> list[str]:
                   for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
+def shown() -> str:
+    """The shipped recipes in a few words: of a folder with many, how many."""
+    folders: dict[str, list[str]] = {}
+    for folder, _, name in (full.partition("/") for full in names()):
+        folders.setdefault(folder, []).append(name)
+    return ", ".join(f"{f}/{found[0]}" if len(found) == 1 else f"{f}/{{{','.join(found)}}}" if len(found) < 4
+                     else f"{f}/METHOD ({len(found)} of them)" for f, found in folders.items())
+
+
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a path or a shipped short name, with `key=value` overrides (dotted keys, YAML values).
 
@@ -272,7 +281,7 @@ def _read(source: str) -> tuple[str, str]:
     if source in (known := names()):
         return resources.files("stepdistill.configs").joinpath(f"{source}.yaml").read_text(), source
     near = difflib.get_close_matches(source, known, 1)
-    raise FileNotFoundError(f"no recipe {source!r}" + (f", did you mean {near[0]!r}?" if near else f"; shipped: {', '.join(known)}"))
+    raise FileNotFoundError(f"no recipe {source!r}" + (f", did you mean {near[0]!r}?" if near else f"; shipped: {shown()}"))
 
 
 def _override(tree: dict[str, Any], item: str) -> None:

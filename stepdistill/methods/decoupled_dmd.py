@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, Step, one_call
@@ -69,7 +68,7 @@ class DecoupledDMD(Method[DecoupledDMDConfig]):
         cond, call = batch["main"].cond, self.rollout(m, batch, draws, grad=True)
         x0 = call.x0
         batch.scratch["x0"] = x0.detach()
-        s, r = self.cfg.times.sample(draws.each("s")), self.ca_times(call.t).sample(draws.each("r"))
+        s, r = self.cfg.times.sample(draws.each("s")), self.ca_times(self.sampler().times[call.index]).sample(draws.each("r"))
         x_s, x_r = (self.process.add_noise(x0.detach(), draws.each(tag).normal_like(x0), t) for tag, t in (("s/eps", s), ("r/eps", r)))
         with torch.no_grad():
             fake = m.fake(x_s, s, cond).x0
@@ -85,9 +84,9 @@ class DecoupledDMD(Method[DecoupledDMDConfig]):
         ca = matching_loss(x0, toward=guided_r, away_from=real_r, scale=dmd_scale(x0.detach(), guided_r))
         return Loss(dm + ca, {**log, "ca": ca, "ca_to_dm": (ca / dm.clamp_min(1e-12)).sqrt().detach()})
 
-    def ca_times(self, t: Tensor) -> Uniform:
-        """The times of what guidance adds for a call at t (B,), one time for all."""
-        return self.cfg.ca_times.below(float(t[0]))
+    def ca_times(self, t: float) -> Uniform:
+        """The times of what guidance adds for a call at t."""
+        return self.cfg.ca_times.below(t)
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         x0 = batch.scratch["x0"] if "x0" in batch.scratch else self.rollout(m, batch, draws, grad=False).x0

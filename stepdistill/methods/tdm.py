@@ -10,9 +10,9 @@ Every point of the trajectory is matched in distribution, each within its own in
 score serves them all without being told n. The student follows the ODE, so it is sampled with renoise 0 whatever the recipe says. Nothing
 but conditions is read. `fake_target` says what the fake score is told of y_s, which comes from a state y that is not clean:
 
-    subinterval       what makes it the score of y_s: losses.denoising.subinterval_target (Phased DMD, 2510.27684), weighted by
-                      min(SNR, 5)/(1 + q²), q the noise in that target; at r = 0 it is x0
-    tdm               x0, as published, weighted by min(SNR, 5) and by exp((|e|² - |e_s|²)/2), e the fresh noise, e_s that of y_s seen as
+    subinterval       what makes it the score of y_s: losses.denoising.subinterval_target (Phased DMD, 2510.27684), in the space the network
+                      speaks and weighted by 1/(1 + q²), q the noise in that target; at r = 0 it is plain denoising
+    tdm               x0, as published, in x0 and weighted by min(SNR, 5) and by exp((|e|² - |e_s|²)/2), e the fresh noise, e_s that of y_s seen as
                       noise on x0, both mean squares. Biased where r > 0: matched points then spread too wide.
 
 Differs from the paper: `subinterval` is the default; s lies in the inner 96 % of its interval, where they leave 10 steps of 1000 at its
@@ -113,15 +113,14 @@ class TDM(Method[TDMConfig]):
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         at = self.rung(m, batch, draws, grad=False)
         pred = m.fake(at.y_s, at.s, batch["main"].cond, w=1.0)
-        weight = min_snr(self.process.log_snr(at.s))
         if self.cfg.fake_target == "subinterval":
             x0, eps, q = subinterval_target(self.process, at.y, at.eps, at.r, at.s)
-            weight = weight / (1 + q.square())
+            error = denoising_loss(pred, x0, eps) / (1 + q.square()).to(x0)
         else:
-            x0 = at.x0
-            eps = (at.y_s - like(pred.alpha, x0) * x0) / like(pred.sigma, x0)
-            weight = weight * ((at.eps.square() - eps.square()).flatten(1).mean(1) / 2).exp()
-        denoise = (weight.to(x0) * denoising_loss(pred, x0, eps, "x0")).mean()
+            eps = (at.y_s - like(pred.alpha, at.x0) * at.x0) / like(pred.sigma, at.x0)
+            shift = ((at.eps.square() - eps.square()).flatten(1).mean(1) / 2).exp()
+            error = denoising_loss(pred, at.x0, eps, "x0") * shift * min_snr(self.process.log_snr(at.s)).to(shift)
+        denoise = error.mean()
         return Loss(denoise, {"denoise": denoise})
 
     def student_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:

@@ -203,7 +203,8 @@ def test_pictures_are_turned_as_the_camera_says():
 # ---- buckets
 
 @pytest.mark.parametrize(("size", "number"), [
-    ((100, 100), 0), ((100, 120), 0), ((100, 125), 1), ((1000, 1250), 3), ((125, 100), 2), ((110, 900), 3), ((100, 900), 1), ((51, 64), 1), ((30, 38), 1)])
+    ((100, 100), 0), ((100, 120), 0), ((100, 125), 1), ((1000, 1250), 3), ((125, 100), 2), ((110, 900), 3), ((100, 900), 1), ((51, 64), 1),
+    ((30, 38), 1)])
 def test_a_picture_goes_where_it_is_cropped_least(size: tuple[int, int], number: int) -> None:
     """Of two sizes with one aspect it takes the largest that it fills; one that fills neither, the smallest."""
     assert nearest(size, ((64, 64), (51, 77), (77, 51), (102, 154))) == number

@@ -90,7 +90,7 @@ def test_r_stays_below_the_time_the_student_was_told(m):
     method = decoupled(Flow(), (1,), ca_times=Uniform(0.02, 0.98, m))
     noise = Draws(0, range(4000)).each("r")
     for t in (1.0, 0.75, 0.4, 0.03):
-        r = method.ca_times(f64([t, t])).sample(noise)
+        r = method.ca_times(t).sample(noise)
         assert float(r.max()) <= t + 1e-12
         top = min(t, float(shift(f64(0.98), m)))
         assert float(r.max()) > 0.97 * top

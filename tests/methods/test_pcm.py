@@ -16,6 +16,7 @@ from stepdistill.diffusion.times import to_index, trailing
 from stepdistill.losses.adversarial import hinge_discriminator_loss
 from stepdistill.losses.distance import pseudo_huber
 from stepdistill.methods.base import Batch, Sample, Setup
+from stepdistill.methods.lcm import LCM, LCMConfig
 from stepdistill.methods.pcm import PCM, PCMConfig
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
@@ -66,6 +67,13 @@ def test_loss_is_that_of_two_jumps_to_the_edge(kind):
     x_r = jump(teacher(x_t, t), TABLE, r)
     target = torch.where((r == edge)[:, None], x_r, jump(student(x_r, r), TABLE, edge))
     torch.testing.assert_close(got, pseudo_huber(jump(student(x_t, t), TABLE, edge), target).mean(), rtol=1e-6, atol=0)
+
+
+def test_one_phase_is_lcm():
+    teacher = GaussianTeacher(TABLE, "v")
+    m, batch = SimpleNamespace(teacher=teacher, student=MapOfTimes(teacher, bend=0.2)), gaussian(teacher)
+    lcm = LCM(LCMConfig(points=40), Setup(TABLE, (3,))).student_loss(m, batch, KEYED).value
+    assert float(pcm(times=(1.0,)).student_loss(m, batch, KEYED).value) == float(lcm)
 
 
 @pytest.mark.parametrize("process", [Flow(), Trig()], ids=["flow", "trig"])

@@ -78,14 +78,14 @@ def test_its_sampler_is_the_teachers_of_twice_the_steps(process):
 
 def test_weight_is_the_truncated_snr():
     """max(SNR, 1) on the error of x0: that of eps below the middle, of x0 above."""
-    method, teacher = progressive(Trig(), (1.0,), 4), GaussianTeacher(Trig(), "v")
-    exact = TwoInOne(teacher, method.grid(4))
+    method, teacher = progressive(Trig(), (1.0,), 8), GaussianTeacher(Trig(), "v")
+    exact = TwoInOne(teacher, method.grid(8))
 
     def off(x_t, t, cond=None, *, w=None, tap=False):
         pred = exact(x_t, t)
         return Prediction(pred.x0 + 0.1, "x0", pred.x_t, pred.alpha, pred.sigma)
 
-    t = method.grid(4)[2 * KEYED.each("i").integers(2)]
+    t = method.grid(8)[2 * KEYED.each("i").integers(4)]
     snr = (Trig().alpha(t) / Trig().sigma(t)).square()
     assert float(loss_of(method, teacher, off)) == pytest.approx(float(0.01 * snr.clamp_min(1).mean()), rel=1e-4)
 

@@ -177,11 +177,11 @@ def test_decoupled_guidance_on_four_classes(four_start):
     assert std < 2
 
 
-def dp_dmd_on_the_ring(start: Denoiser, students: int, batch: int, weight: float) -> tuple[float, int, float, float]:
+def dp_dmd_on_the_ring(start: Denoiser, students: int, batch: int, weight: float, seed: int = 0) -> tuple[float, int, float, float]:
     """The three figures of the ring, and the share of noises that student and teacher's ODE take to the same mode."""
     method = DPDMD(DPDMDConfig(weight=weight), Setup(Flow(), (2,), SamplerSpec(trailing(4))))
     optim = {"student": OptimRecipe(5e-4, schedule="linear", decay_from=0.5), "fake": OptimRecipe(1e-3)}
-    roles = distil(method, RING, start, optim, 6 * students, batch)
+    roles = distil(method, RING, start, optim, 5 * students, batch, seed)
     x = draw_student(roles.student, method, 8192, (2,))
     z = FastDraws(77, range(8192)).each("start").normal(2).double()
     ode = follow(lambda x_t, t: RING(x_t, t), z, f64(1.0).expand(8192), f64(0.0).expand(8192), 64, Flow(), "heun")

@@ -81,7 +81,7 @@ def test_samples_with_fresh_noise_come_closer_to_the_data(short_start, method):
 
 @pytest.mark.slow
 def test_lcm_at_setting_m(start):
-    """Card 5: err .116 in one step, SW2 .21, .16 and .13 in 1, 2 and 4 re-noised ones."""
+    """Card 5: err .116 in one step (seeds .10 and .13), SW2 .21, .16 and .13 in 1, 2 and 4 re-noised ones."""
     student = student_of(LCM(LCMConfig(), on_the_line(1)), start)
     assert measured(student, at(1))[0] < 0.125
     for count, bound in ((1, 0.24), (2, 0.19), (4, 0.16)):
@@ -90,14 +90,18 @@ def test_lcm_at_setting_m(start):
 
 @pytest.mark.slow
 def test_tcd_at_setting_m(start):
-    """Card 7: err .27, .14, .27, .33 in 1, 2, 4, 8 deterministic steps; SW2 .27 in 4 and .38 in 8 at gamma .3, .17 in 8 at 1."""
+    """Card 7: err .27, .14, .27, .33 in 1, 2, 4, 8 deterministic steps, too wide by .26 to .31.
+
+    Its SW2 with noise is not found: it says .27 and .38 in 4 and 8 steps at gamma .3, and .17 in 8 at 1. A loop that shares no code with
+    the sampler gives .08, .08 and .46 for this very student: a little noise cures the width, all of it makes the samples too narrow.
+    """
     student = student_of(TCD(TCDConfig(), on_the_line(4)), start)
     for count, bound in ((1, 0.30), (2, 0.17), (4, 0.30), (8, 0.36)):
         assert measured(student, at(count))[0] < bound
-    for count, gamma, bound in ((4, 0.3, 0.30), (8, 0.3, 0.41), (8, 1.0, 0.20)):
-        assert measured(student, at(count, gamma))[1] < bound
-    std = float(LINE.data(200_000, torch.Generator().manual_seed(0)).std())
-    assert 0.2 < measured(student, at(8))[2] - std < 0.4                                            # too wide by .26 to .31
+    assert measured(student, at(4, 0.3))[1] < 0.13
+    assert measured(student, at(8, 0.3))[1] < 0.13
+    assert measured(student, at(8, 1.0))[1] == pytest.approx(0.45, abs=0.06)
+    assert measured(student, at(8))[2] - 1.666 == pytest.approx(0.285, abs=0.03)
 
 
 @pytest.mark.slow
@@ -112,15 +116,18 @@ def test_tdd_at_setting_m(start):
 
 @pytest.mark.slow
 def test_pcm_at_setting_m(start):
-    """Card 8: N = 40 and 4 phases give err .019 with SW2 at the floor; 8 steps .10, one step the mean; one phase .095."""
+    """Card 8: N = 40 and 4 phases give err .019 with SW2 at the floor; 8 steps .10, one step the mean.
+
+    One phase is LCM of as many points, bit for bit (test_pcm); seeds are at .09 to .13 with either, the card at .095.
+    """
     method = PCM(PCMConfig(), on_the_line(4))
     student = student_of(method, start)
     error, distance, _ = measured(student, method.sampler())
     assert error < 0.025
-    assert distance < 0.12
+    assert distance < 0.14
     assert 0.05 < measured(student, at(8))[0] < 0.15
     assert measured(student, at(1))[0] > 0.9
-    assert measured(student_of(PCM(PCMConfig(), on_the_line(1)), start), at(1))[0] < 0.11
+    assert measured(student_of(PCM(PCMConfig(), on_the_line(1)), start), at(1))[0] < 0.125
 
 
 @pytest.mark.slow
@@ -129,3 +136,12 @@ def test_progressive_at_setting_m(start):
     method = Progressive(ProgressiveConfig(start=8), on_the_line(1))
     student = student_of(method, start, 9000)
     assert measured(student, at(1))[0] < measured(Oracle(LINE).denoiser(), at(8))[0] + 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("curriculum", ["ect", "ict"])
+def test_ect_at_setting_m(start, curriculum):
+    """The card has no figure: err .16 and, re-noised in 4 steps, SW2 at the floor (ECT); a denoiser alone is off by 1.5."""
+    student = student_of(ECT(ECTConfig(double_every=375, curriculum=curriculum, **SQUARED), on_the_line(1)), start)
+    assert measured(student, at(1))[0] < 0.2
+    assert measured(student, at(4, 1.0))[1] < 0.12
