@@ -42,7 +42,7 @@ class Entry:
 def members(world: str) -> list[str]:
     """The methods that ship a recipe WORLD/METHOD and begin at the teacher, in METHODS' order; ValueError where there are none."""
     known = set(recipes.names())
-    found = [name for name, method in METHODS.items() if f"{world}/{name}" in known and method.family != "finishing"]
+    found = [name for name, method in METHODS.items() if f"{world}/{name}" in known and not method.finishes]
     if not found:
         raise ValueError(f"no method has a recipe for the world {world!r}; worlds: {', '.join(sorted({n.split('/')[0] for n in known}))}")
     return found

@@ -116,6 +116,7 @@ class Method(ABC, Generic[C]):
     arxiv: ClassVar[str]
     family: ClassVar[str]
     Config: ClassVar[type]
+    finishes: ClassVar[bool] = False                                     # begins at a student that has been trained, not at the teacher
 
     def __init__(self, cfg: C, setup: Setup):
         self.cfg, self.setup, self.process = cfg, setup, setup.process

@@ -11,8 +11,8 @@ https://arxiv.org/abs/2202.00512); the pair, a student and its teacher, is ours:
 So further calls can be added to a student (times [0.4] become [0.4, 0.1, 0.02]), or the teacher's last touch folded into the calls it has.
 Students trained by score differences carry a fine grain that a teacher's call at small s removes: there it answers with the mean of what
 the noise hides. The target is a fixed function of the starting noise but for eps, so plain least squares finds it, and its gradient fades
-on arrival where a normalised one does not. Nothing but conditions is read. Needs `start: RUN` or `student.weights`: polishing the untrained
-copy of a teacher teaches it its own one-step mean.
+on arrival where a normalised one does not. Nothing but conditions is read. Begins at `start: RUN` or `student.weights`: the untrained copy
+of a teacher would be taught its own one-step mean.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PolishConfig:
 
 class Polish(Method[PolishConfig]):
     title, arxiv, family = "Polish of a finished student", "2202.00512", "finishing"
-    Config = PolishConfig
+    Config, finishes = PolishConfig, True
 
     @classmethod
     def needs(cls, cfg: PolishConfig) -> Mapping[str, Role]:

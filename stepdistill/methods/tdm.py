@@ -12,8 +12,8 @@ but conditions is read. `fake_target` says what the fake score is told of y_s, w
 
     subinterval       what makes it the score of y_s: losses.denoising.subinterval_target (Phased DMD, 2510.27684), in the space the network
                       speaks and weighted by 1/(1 + q²), q the noise in that target; at r = 0 it is plain denoising
-    tdm               x0, as published, in x0 and weighted by min(SNR, 5) and by exp((|e|² - |e_s|²)/2), e the fresh noise, e_s that of y_s seen as
-                      noise on x0, both mean squares. Biased where r > 0: matched points then spread too wide.
+    tdm               x0, as published: in x0, weighted by min(SNR, 5) and by exp((|e|² - |e_s|²)/2), e the fresh noise, e_s that of y_s
+                      seen as noise on x0, both mean squares. Biased where r > 0: matched points then spread too wide.
 
 Differs from the paper: `subinterval` is the default; s lies in the inner 96 % of its interval, where they leave 10 steps of 1000 at its
 ends; no interval reaches above its own call, so the fake score needs no number of the step.

@@ -79,6 +79,8 @@ def begun(run: Run) -> Run:
     """The run with the networks of `recipe.start` where it names one. FileNotFoundError or ValueError where that is no such run."""
     folder = run.recipe.start
     if folder is None:
+        if run.method.finishes and run.recipe.student.weights is None:
+            raise ValueError(f"method {run.recipe.method['name']} ends a trained student: name its run with start=RUN, or student.weights")
         return run
     found = checkpoint.newest(folder / CHECKPOINTS, say)
     if found is None:

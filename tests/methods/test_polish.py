@@ -7,6 +7,7 @@ import torch
 from oracles import GaussianTeacher, f64
 from toys import Counted, tiny_unet
 
+from stepdistill import recipe as recipes
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.process import Flow, TableVP
 from stepdistill.diffusion.sampler import SamplerSpec, start, steps
@@ -16,6 +17,7 @@ from stepdistill.methods.polish import Polish, PolishConfig
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.roles import Roles
+from stepdistill.training import checkpoint, loop
 
 NOTHING = Batch({"main": Sample(Conditioning())})
 
@@ -113,3 +115,19 @@ def test_before_is_taken_when_the_run_begins():
 def test_impossible_times(time):
     with pytest.raises(ValueError, match=r"method\.time"):
         PolishConfig(time)
+
+
+def test_it_begins_at_a_run_and_refuses_to_begin_at_the_teacher(tmp_path):
+    few = ["steps=1", "batch_size=2", "preview_every=0", "trackers=[]", "precision=fp32"]
+    with pytest.raises(ValueError, match="ends a trained student: name its run with start=RUN"):
+        loop.start(recipes.load("fashion/polish", few), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    loop.start(recipes.load("fashion/dmd2_datafree", [*few, "ema_decay=0"]), tmp_path / "run")
+    loop.start(recipes.load("fashion/polish", [*few, f"start={tmp_path / 'run'}", "student={steps: 3, times: [0.4, 0.1, 0.02]}"]),
+               tmp_path / "polished")
+    (begun, _), (ended, state) = (checkpoint.newest(tmp_path / name / loop.CHECKPOINTS, print) for name in ("run", "polished"))
+    students = {k.removeprefix("role/student/"): v for k, v in begun.items() if k.startswith("role/student/")}
+    assert students
+    assert all(torch.equal(v, ended[f"role/before/{k}"]) for k, v in students.items())
+    assert not all(torch.equal(v, ended[f"role/student/{k}"]) for k, v in students.items())
+    assert state["sampler"]["times"] == [0.4, 0.1, 0.02]

@@ -137,8 +137,8 @@ def swiftbrush_on_the_ring(start: Denoiser, steps: int, batch: int, **options) -
 
 
 def test_swiftbrush_on_the_ring(ring_start):
-    """In small: 200 updates of 256 instead of 3000 of 512, with five of the fake score each, which such a short run needs."""
-    distance, modes, near = swiftbrush_on_the_ring(ring_start, 1000, 256, fake_updates=5)
+    """In small: 200 updates of 256 instead of 3000 of 512, with three of the fake score each, which such a short run needs."""
+    distance, modes, near = swiftbrush_on_the_ring(ring_start, 600, 256, fake_updates=3)
     assert modes == 8
     assert distance < 0.2
     assert near > 0.5
@@ -161,18 +161,14 @@ def guided_on_four(method: Method, start: Denoiser, w: float, steps: int, batch:
 
 def test_random_guidance_bakes_none_in(four_start):
     """Both scores share each w, so that none of it stays in the student: PG-SB's class is the teacher's plain one."""
-    mean, std = guided_on_four(PGSB(PGSBConfig(fake_updates=5), Setup(Flow(), (2,))), four_start, 1.0, 1000, 256)
-    assert mean == pytest.approx(1.5, abs=0.12)
+    mean, std = guided_on_four(PGSB(PGSBConfig(fake_updates=5), Setup(Flow(), (2,))), four_start, 1.0, 500, 256)
+    assert mean == pytest.approx(1.5, abs=0.25)                                                     # guidance 3 moves it to 2.4: below
     assert std == pytest.approx(0.3, abs=0.12)
 
 
 def test_decoupled_guidance_on_four_classes(four_start):
-    """Card 3 in small: at w = 3 the class moves out along its axis and stays bounded; at 1 it is the teacher's."""
-    method = DecoupledDMD(DecoupledDMDConfig(), Setup(Flow(), (2,)))
-    mean, std = guided_on_four(method, four_start, 1.0, 750, 256)
-    assert mean == pytest.approx(1.5, abs=0.1)
-    assert std == pytest.approx(0.3, abs=0.1)
-    mean, std = guided_on_four(method, four_start, 3.0, 750, 256)
+    """Card 3 in small: at w = 3 the class moves out along its axis and stays bounded."""
+    mean, std = guided_on_four(DecoupledDMD(DecoupledDMDConfig(), Setup(Flow(), (2,))), four_start, 3.0, 300, 256)
     assert 1.8 < mean < 3.5
     assert std < 2
 
@@ -190,7 +186,7 @@ def dp_dmd_on_the_ring(start: Denoiser, students: int, batch: int, weight: float
 
 
 def test_dp_dmd_on_the_ring(ring_start):
-    distance, modes, near, agree = dp_dmd_on_the_ring(ring_start, 150, 256, 0.05)
+    distance, modes, near, agree = dp_dmd_on_the_ring(ring_start, 50, 256, 0.05)
     assert modes == 8
     assert distance < 0.2
     assert near > 0.5
@@ -211,11 +207,11 @@ def tdm_on_the_ring(start: Denoiser, steps: int, batch: int, target: str) -> tup
 
 
 def test_tdm_on_the_ring(ring_start):
-    """In small (500 updates of 256 instead of 3000 of 512); the exact std at t = .5 is .705."""
-    std, rung, distance, modes = tdm_on_the_ring(ring_start, 500, 256, "subinterval")
+    """In small (350 updates of 256 instead of 3000 of 512); the exact std at t = .5 is .705, from below."""
+    std, rung, distance, modes = tdm_on_the_ring(ring_start, 350, 256, "subinterval")
     assert modes == 8
-    assert std == pytest.approx(0.705, abs=0.03)
-    assert rung < 0.1
+    assert 0.57 < std < 0.73
+    assert rung < 0.18
     assert distance < 0.25
 
 
@@ -233,8 +229,8 @@ def phased_on_the_ring(start: Denoiser, steps: int, batch: int) -> tuple[float, 
 
 
 def test_phased_dmd_on_the_ring(ring_start):
-    """In small (100 student updates of 256 for each phase instead of 600 of 512); the exact std at t = .75 is .79."""
-    std, state, distance, modes, near = phased_on_the_ring(ring_start, 1000, 256)
+    """In small (30 student updates of 256 for each phase instead of 600 of 512); the exact std at t = .75 is .79."""
+    std, state, distance, modes, near = phased_on_the_ring(ring_start, 300, 256)
     assert modes == 8
     assert std == pytest.approx(0.79, abs=0.04)
     assert state < 0.1
@@ -253,11 +249,11 @@ def flash_on_the_line(start: Denoiser, updates: int, batch: int, steps: int = 3,
 
 def test_imagine_flash_on_the_line(line_start):
     """Setting M in small: with the sample's own noise both modes stay; with fresh noise all collapses to one point."""
-    error, spread, minority = flash_on_the_line(line_start, 300, 256)
-    assert error < 0.5
-    assert 0.7 < spread < 1.3
+    error, spread, minority = flash_on_the_line(line_start, 100, 256)
+    assert error < 0.3
+    assert 0.85 < spread < 1.25
     assert 0.2 < minority < 0.45
-    assert flash_on_the_line(line_start, 300, 256, noise="fresh")[1] < 0.5
+    assert flash_on_the_line(line_start, 100, 256, noise="fresh")[1] < 0.5
 
 
 def error_on_the_line(student: Denoiser) -> tuple[float, float]:
@@ -324,6 +320,15 @@ def test_decoupled_dmd_at_the_cards_setting():
     mean, std = guided_on_four(method, start, 3.0, 7500, 512)
     assert mean == pytest.approx(2.4, abs=0.2)
     assert std == pytest.approx(1.1, abs=0.2)
+
+
+@pytest.mark.slow
+def test_random_guidance_at_the_same_setting():
+    """No figure of the card: the fixed point is the teacher's plain class, 1.5 and .30, though w reaches 4."""
+    method = PGSB(PGSBConfig(fake_updates=5), Setup(Flow(), (2,)))
+    mean, std = guided_on_four(method, pretrained(FOUR, 128, 3000, labels=True), 1.0, 3000, 512)
+    assert mean == pytest.approx(1.5, abs=0.03)
+    assert std == pytest.approx(0.3, abs=0.03)
 
 
 @pytest.mark.slow
