@@ -140,4 +140,4 @@ def test_other_wrong_input(made, tmp_path):
 @pytest.mark.parametrize(("value", "se", "text"), [(8.7123, 0.0512, "8.712 ± 0.051"), (0.5, 0.2, "0.50 ± 0.20"), (123.4, 12.0, "123 ± 12"),
                                                    (0.25, 0.0, "0.2500 ± 0.0000")])
 def test_numbers_stop_at_their_error(value, se, text):
-    assert report._number(value, se) == text
+    assert report.number(value, se) == text

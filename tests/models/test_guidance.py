@@ -65,9 +65,9 @@ def test_denoiser_doubles_its_batch_once():
     assert rows == [12]
 
 
-@pytest.mark.parametrize(("w", "rows"), [(None, [4]), (1, [4]), (1.0, [4]), (2.0, [8]), (0.0, [8]), (torch.ones(4), [8])])
+@pytest.mark.parametrize(("w", "rows"), [(None, [4]), (1, [4]), (1.0, [4]), (2.0, [8]), (0.0, [4]), (torch.ones(4), [8])])
 def test_calls(w, rows):
-    """One pass of the plain batch at w = 1, one of a doubled batch otherwise."""
+    """One pass of the plain batch at w = 1 and of its null condition at 0, one of a doubled batch otherwise."""
     net = unet()
     with Counted(net.network) as calls:
         call(net, w)
