@@ -210,7 +210,7 @@ def plot(entries: Sequence[dict[str, Any]]) -> Figure:
     order = sorted(students, key=lambda n: min(map(value, students[n])), reverse=True)
     figure = Figure(figsize=(8, 1.4 + 0.32 * max(1, len(order))), layout="constrained")
     axes = figure.subplots()
-    for calls, colour in zip(CALLS, report.COLOURS, strict=False):
+    for calls, colour in zip(CALLS, report.COLOURS[:len(CALLS)], strict=True):
         points = [(value(e), i) for i, n in enumerate(order) for e in students[n] if e["calls"] == calls]
         axes.scatter([x for x, _ in points], [y for _, y in points], color=colour, s=42, zorder=3, edgecolor="white",
                      label=f"{calls} call{'s' if calls > 1 else ''}")

@@ -16,6 +16,8 @@ def test_cost_of_a_step_by_hand():
     """dmd2 without GAN, one call, guided, two critics a student: student 3, teacher 2, fake 1; critics 3 each; one more student pass."""
     chosen = recipes.load("fashion/dmd2_datafree")
     assert league.cost(chosen) == pytest.approx((3 + 2 + 1 + 2 * 3 + 1) / 2)
+    sid = replace(chosen, method={"name": "sid"})                 # through both scores: student 3, teacher 2·2, fake 2; critic 1 and 3
+    assert league.cost(sid) == pytest.approx(3 + 2 * 2 + 2 + 1 + 3)
 
 
 def test_steps_pay_the_budget():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -14,11 +14,18 @@ from stepdistill.diffusion.process import NoiseProcess
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.adversarial import discriminator_loss
 from stepdistill.losses.denoising import denoising_loss
-from stepdistill.methods.base import Loss, Sample
+from stepdistill.methods.base import Loss, Sample, Update
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Roles
 
 Judge = Literal["fake", "teacher"]
+
+
+def alternating(step: int, fake_updates: int, trains: tuple[str, ...] = ("fake",)) -> Sequence[Update]:
+    """The critic at every step; at each `fake_updates`-th the student before it, whose batch and sample the critic takes over."""
+    if step % fake_updates:
+        return (Update("critic", trains),)
+    return Update("student", ("student",)), Update("critic", trains, reuse=True)
 
 
 def dropped(cond: Conditioning, share: float, draws: Draws) -> Conditioning:

@@ -27,7 +27,7 @@ from stepdistill.diffusion.sampler import SamplerSpec, Step, one_call
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.matching import dmd_scale, matching_loss
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import critic_loss
+from stepdistill.methods.critic import alternating, critic_loss
 from stepdistill.models.roles import Role, Roles
 
 
@@ -54,9 +54,7 @@ class DecoupledDMD(Method[DecoupledDMDConfig]):
         return {"teacher": Role(), "student": Role(trains=True), "fake": Role(trains=True)}
 
     def plan(self, step: int) -> Sequence[Update]:
-        if step % self.cfg.fake_updates:
-            return (Update("critic", ("fake",)),)
-        return Update("student", ("student",)), Update("critic", ("fake",), reuse=True)
+        return alternating(step, self.cfg.fake_updates)
 
     def sampler(self) -> SamplerSpec:
         return self.setup.sampler

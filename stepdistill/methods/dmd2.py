@@ -27,7 +27,7 @@ from stepdistill.diffusion.times import Uniform, shift
 from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.matching import matching_loss
 from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Stream, Update
-from stepdistill.methods.critic import Judge, critic_loss
+from stepdistill.methods.critic import Judge, alternating, critic_loss
 from stepdistill.models.roles import Role, Roles
 
 
@@ -72,9 +72,7 @@ class DMD2(Method[DMD2Config]):
 
     def plan(self, step: int) -> Sequence[Update]:
         trains = ("fake", "disc") if self.cfg.gan_weight else ("fake",)
-        if step % self.cfg.fake_updates:
-            return (Update("critic", trains),)
-        return Update("student", ("student",)), Update("critic", trains, reuse=True)
+        return alternating(step, self.cfg.fake_updates, trains)
 
     def sampler(self) -> SamplerSpec:
         return self.setup.sampler

@@ -34,7 +34,7 @@ from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.denoising import denoising_loss
 from stepdistill.losses.matching import dmd_scale, matching_loss
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import critic_loss
+from stepdistill.methods.critic import alternating, critic_loss
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
 
@@ -68,9 +68,7 @@ class DPDMD(Method[DPDMDConfig]):
         return {"teacher": Role(), "student": Role(trains=True), "fake": Role(trains=True)}
 
     def plan(self, step: int) -> Sequence[Update]:
-        if step % self.cfg.fake_updates:
-            return (Update("critic", ("fake",)),)
-        return Update("student", ("student",)), Update("critic", ("fake",), reuse=True)
+        return alternating(step, self.cfg.fake_updates)
 
     def sampler(self) -> SamplerSpec:
         return replace(self.setup.sampler, renoise=0.0)

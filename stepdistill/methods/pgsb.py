@@ -25,7 +25,7 @@ from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.denoising import scaled_eps_loss
 from stepdistill.losses.matching import matching_loss
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import critic_loss, dropped
+from stepdistill.methods.critic import alternating, critic_loss, dropped
 from stepdistill.models.roles import Role, Roles
 
 
@@ -59,9 +59,7 @@ class PGSB(Method[PGSBConfig]):
         return {"teacher": Role(), "student": Role(trains=True), "fake": Role(trains=True)}
 
     def plan(self, step: int) -> Sequence[Update]:
-        if step % self.cfg.fake_updates:
-            return (Update("critic", ("fake",)),)
-        return Update("student", ("student",)), Update("critic", ("fake",), reuse=True)
+        return alternating(step, self.cfg.fake_updates)
 
     def sampler(self) -> SamplerSpec:
         return self.setup.sampler
