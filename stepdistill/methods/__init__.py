@@ -1,8 +1,10 @@
-"""One paper, one file; one line here."""
+"""One paper, one file; one line here. Methods of other packages are named by their dotted path."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import importlib
 from typing import Any
 
 from stepdistill.methods.base import Method
@@ -46,8 +48,25 @@ METHODS: dict[str, type[Method[Any]]] = {
 
 
 def find(name: str) -> type[Method[Any]]:
-    """The method of this name; ValueError with the nearest name otherwise."""
+    """The method of this name, or the subclass of Method that "package.module:Class" names. ValueError with the remedy otherwise."""
+    if ":" in name:
+        return _outside(name)
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, 1)
         raise ValueError(f"unknown method {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(METHODS)}"))
     return METHODS[name]
+
+
+def _outside(path: str) -> type[Method[Any]]:
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except (ImportError, ValueError, TypeError) as error:                # the last two for an empty and a relative name
+        raise ValueError(f"method.name {path!r}: {error}; install the package that holds it, or put its folder on PYTHONPATH") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"method.name {path!r}: {module} has no subclass of stepdistill.methods.base.Method called {attribute!r}")
+    if missing := [key for key in ("title", "arxiv", "family", "Config") if not hasattr(found, key)]:
+        raise ValueError(f"method.name {path!r}: {attribute} lacks {', '.join(missing)}; CONTRIBUTING.md says what a method is")
+    if not dataclasses.is_dataclass(found.Config):
+        raise ValueError(f"method.name {path!r}: {attribute}.Config must be a dataclass, its keys are the recipe's")
+    return found
