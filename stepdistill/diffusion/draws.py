@@ -7,7 +7,7 @@ processes and resuming then change nothing, and a rollout can be repeated. Numbe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +27,7 @@ class Noise:
     batched: bool
     device: torch.device
 
-    def _draw(self, make) -> Tensor:
+    def _draw(self, make: Callable[[torch.Generator], Tensor]) -> Tensor:
         rows = [make(torch.Generator().manual_seed(seed)) for seed in self.seeds]
         return (torch.stack(rows) if self.batched else rows[0]).to(self.device)
 
