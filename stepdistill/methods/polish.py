@@ -3,12 +3,13 @@
 The principle is progressive distillation's, one network learns what two do in turn (Salimans & Ho, 2022,
 https://arxiv.org/abs/2202.00512); the pair, a student and its teacher, is ours:
 
-    student   <- |x0 - y|²
+    student   <- max(SNR_t, 1)·|x0 - y|²
     where     x0 = call n of the student's own sampler, at state x_t and time t, n drawn once for all samples
               y  = teacher(x_t, t) where t <= s, else before(x_t, t): the student as this run found it, frozen
               where no call has t <= s, the teacher's comes after the last:  y <- teacher(alpha_s·y + sigma_s·eps, s)
 
-So further calls can be added to a student (times [0.4] become [0.4, 0.1, 0.02]), or the teacher's last touch folded into the calls it has.
+So further calls can be added to a student (times [0.4] become [0.4, 0.02, 0.01]), or the teacher's last touch folded into the calls it has.
+The weight is theirs (eq. 6): without it the errors of the small times, which are what an added call is for, drown in those of the first.
 Students trained by score differences carry a fine grain that a teacher's call at small s removes: there it answers with the mean of what
 the noise hides. The target is a fixed function of the starting noise but for eps, so plain least squares finds it, and its gradient fades
 on arrival where a normalised one does not. Nothing but conditions is read. Begins at `start: RUN` or `student.weights`: the untrained copy
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, Step, one_call
+from stepdistill.diffusion.weighting import truncated_snr
 from stepdistill.losses.distance import l2
 from stepdistill.methods.base import Batch, Loss, Method, Stage
 from stepdistill.models.conditioning import Conditioning
@@ -75,5 +77,6 @@ class Polish(Method[PolishConfig]):
     def student_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cond = batch["main"].cond
         call = one_call(m.student, self.sampler(), cond, draws, self.setup.shape, grad=True)
-        distance = l2(call.x0, self.target(m, call, cond, draws)).mean()
-        return Loss(distance, {"distance": distance, "x0_std": call.x0.detach().std()})
+        distance = l2(call.x0, self.target(m, call, cond, draws))
+        weight = truncated_snr(self.process.log_snr(call.t)).to(distance)
+        return Loss((weight * distance).mean(), {"distance": distance.mean(), "x0_std": call.x0.detach().std()})
