@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stepdistill.diffusion.draws import key
@@ -69,18 +66,8 @@ class Fashion:
 
     def __init__(self) -> None:
         weights = fashion_file(classifier.WEIGHTS, "scripts/train_classifier.py")
-        config = fashion_file(classifier.CONFIG, "scripts/train_classifier.py")
-        try:
-            architecture = json.loads(config.read_text())["architecture"]
-            tensors = load_file(weights)                                         # fp16; copied into fp32 parameters below
-        except (KeyError, json.JSONDecodeError, SafetensorError) as error:
-            raise ValueError(f"{config} or {weights.name} beside it is damaged ({error}): reinstall stepdistill") from error
-        self.net = classifier.Classifier(classifier.Architecture.read(architecture))
-        try:
-            self.net.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{weights} does not fit the architecture in {config.name}: reinstall stepdistill") from error
-        self.net.eval().requires_grad_(False)
+        fashion_file(classifier.CONFIG, "scripts/train_classifier.py")
+        self.net = classifier.load(weights.parent)
         self.sha256, self.dim = digest(weights), self.net.dim
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -41,7 +41,9 @@ class Opened:
 
     @property
     def guides(self) -> bool:
-        """Whether it knows what no class or prompt is."""
+        """Whether it is told its guidance, or knows what no class or prompt is."""
+        if "w" in self.spec.inputs:
+            return True
         if isinstance(self.teacher, PromptTeacher):
             return self.teacher.condition(torch.tensor([0])).nulls is not None
         return self.teacher.null_class is not None
@@ -61,7 +63,8 @@ class Opened:
         """The result file's model block: name, digest of the weights, and of a student its recipe's method, step and average."""
         weights = sorted((self.teacher.folder / "unet").glob("*.safetensors")) or sorted(self.teacher.folder.glob("*.safetensors"))
         notes = {key: self.teacher.notes[key] for key in ("method", "step", "ema") if key in self.teacher.notes}
-        return {"name": self.name, "is_teacher": self.is_teacher, "sha256": digest(weights[0]), **notes}
+        return {"name": self.name, "is_teacher": self.is_teacher, "sha256": self.teacher.notes.get("unet_sha256") or digest(weights[0]),
+                **notes}
 
 
 def open_model(name: str, steps: int | None = None, guidance: float | None = None, *, solver: str | None = None,

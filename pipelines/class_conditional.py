@@ -2,7 +2,7 @@
 
     x = sigma(t_1)·z                                                 (over sigma(1) on a variance-preserving process)
     at each t:      x0, eps <- unet(x, clock(t), label), guided and clipped where the sampler says so
-    to the next r:  q = (1 - renoise)·r,   b = sigma_q·alpha_r/alpha_q
+    to the next r:  q = (1 - renoise)·r,   b = sigma_q·alpha_r/alpha_q                                 (some are told q or guidance)
                     x <- alpha_r·x0 + b·eps + sqrt(sigma_r² - b²)·noise
 
 renoise 1 re-noises x0, renoise 0 is DDIM (Song et al. 2021, eq. 12; Euler for flow matching), between is the gamma sampler of CTM (Kim et
@@ -50,22 +50,26 @@ COEFFICIENTS: dict[str, Callable[[float, float], tuple[float, float]]] = {      
 class ClassConditionalPipeline(DiffusionPipeline):
     """Samples a distilled student with the steps it was trained for.
 
-    `sampler` holds times (1 = pure noise, falling), steps, renoise, clip_x0, guidance (w in null + w·(cond - null); 1 is none) and solver
-    ("ddim"). `labels` name the classes; an unconditional student has none. `space_to_depth` pixels a side were folded into channels.
+    `sampler` holds times (1 = pure noise, falling), steps, renoise, clip_x0, guidance (w in null + w·(cond - null); 1 is none), solver
+    ("ddim") and `inputs`, what the student is told besides its time: "s", where a step goes, and "w", its guidance, then in one call.
+    `labels` name the classes; an unconditional student has none. `space_to_depth` pixels a side were folded into channels.
     """
 
-    model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["vae"]                                                # noqa: RUF012  diffusers reads a list
+    model_cpu_offload_seq = "unet->unet_2->unet_3->unet_4->vae"
+    _optional_components = ["vae", "unet_2", "unet_3", "unet_4"]                  # noqa: RUF012  diffusers reads a list
 
     def __init__(self, unet: UNet2DModel | DiTTransformer2DModel, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None,
                  space_to_depth: int = 1, null_class: int | None = None, labels: list[str] | None = None,
-                 sampler: dict[str, Any] | None = None):
+                 sampler: dict[str, Any] | None = None, unet_2: UNet2DModel | DiTTransformer2DModel | None = None,
+                 unet_3: UNet2DModel | DiTTransformer2DModel | None = None, unet_4: UNet2DModel | DiTTransformer2DModel | None = None):
         super().__init__()
-        sampler = {"times": [1.0], "renoise": 1.0, "solver": "ddim", "clip_x0": None, "guidance": 1.0, "known_noise": False, "steps": 1,
-                   **(sampler or {})}
+        sampler = {"times": [1.0], "renoise": 1.0, "solver": "ddim", "clip_x0": None, "guidance": 1.0, "known_noise": False, "inputs": [],
+                   "boundaries": [], "steps": 1, **(sampler or {})}
         if sampler["solver"] != "ddim" or sampler["steps"] != len(sampler["times"]):
             raise ValueError(f"this pipeline runs the solver ddim with one call for each time, got {sampler}")
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        if (experts := 1 + sum(other is not None for other in (unet_2, unet_3, unet_4))) != len(sampler["boundaries"]) + 1:
+            raise ValueError(f"{experts} networks cannot take turns at the boundaries {sampler['boundaries']}: load the folder whole")
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, unet_2=unet_2, unet_3=unet_3, unet_4=unet_4)
         self.register_to_config(space_to_depth=space_to_depth, null_class=null_class, labels=list(labels or ()), sampler=sampler)
 
     @torch.no_grad()
@@ -95,13 +99,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
         x = next(noises) * start
         for t, r in zip(times, (*times[1:], None), strict=True):
             alpha, sigma, clock = curves(t)
-            y = self._output(x, clock, numbers, w)
+            q = (1 - sampler["renoise"]) * (r or 0.0)
+            told = [{"s": t - q, "w": w - 1}[name] for name in sampler["inputs"]]
+            unet = (self.unet, self.unet_2, self.unet_3, self.unet_4)[sum(t <= boundary for boundary in sampler["boundaries"])]
+            y = self._output(unet, x, clock, numbers, 1.0 if "w" in sampler["inputs"] else w, told)
             x0, eps = _solve(kind, alpha, sigma, x, y)
             if sampler["clip_x0"] is not None:
                 x0 = x0.clamp(-sampler["clip_x0"], sampler["clip_x0"])
                 eps = _solve("sample", alpha, sigma, x, x0)[1]
             if r is not None:
-                (alpha_r, sigma_r, _), (alpha_q, sigma_q, _) = curves(r), curves((1 - sampler["renoise"]) * r)
+                (alpha_r, sigma_r, _), (alpha_q, sigma_q, _) = curves(r), curves(q)
                 b = sigma_q * alpha_r / alpha_q
                 if sampler["known_noise"] and t == times[0]:
                     eps = x / start
@@ -110,12 +117,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
                     x = x + math.sqrt(max(sigma_r**2 - b**2, 0.0)) * next(noises)
         return x0
 
-    def _output(self, x: Tensor, clock: float, numbers: list[int], w: float) -> Tensor:
-        """The network's guided output in float32, without a learned variance."""
+    def _output(self, unet: Any, x: Tensor, clock: float, numbers: list[int], w: float, told: list[float]) -> Tensor:
+        """A network's guided output in float32, without a learned variance."""
         rows = numbers if w == 1 else numbers + [self.config.null_class] * len(numbers)
         labels = {"class_labels": torch.tensor(rows, device=x.device)} if self.config.labels else {}
         x = x if w == 1 else torch.cat([x, x])
-        y = self.unet(x.to(self.unet.dtype), torch.full((len(x),), clock, device=x.device), return_dict=False, **labels)[0]
+        inputs = {"told": torch.tensor([told] * len(x), device=x.device)} if told else {}
+        y = unet(x.to(unet.dtype), torch.full((len(x),), clock, device=x.device), return_dict=False, **labels, **inputs)[0]
         y = y[:, : x.shape[1]].float()
         if w == 1:
             return y
@@ -164,7 +172,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return times
         trailing = lambda k: [times[0] * (1 - i / k) for i in range(k)]             # noqa: E731
         same = all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(times, trailing(trained), strict=True))
-        if steps < 1 or self.config.sampler["renoise"] != 1 or not same:
+        free = self.config.sampler["renoise"] == 1 or "s" in self.config.sampler["inputs"]
+        if steps < 1 or not free or not same:
             raise ValueError(f"this student was trained for {trained} steps and cannot be run with {steps}: "
                              f"leave num_inference_steps out, or set it to {trained}")
         logger.warning("this student was trained for %d steps and is run with %d, on the same kind of grid", trained, steps)
@@ -174,6 +183,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         trained = self.config.sampler["guidance"]
         if scale is None or scale == trained:
             return trained
+        if "w" in self.config.sampler["inputs"]:
+            return scale
         if scale != 1 and (self.config.null_class is None or not self.config.labels):
             raise ValueError(f"guidance_scale {scale} needs a null class and this student has none: leave it out")
         if scale != 1 and trained == 1:

@@ -37,7 +37,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
 
     `timesteps` are what the network is told, whole numbers for a network that counts training steps; `alpha`, `sigma` and `kept` are the
     module's. `prediction_type` is epsilon, sample, v_prediction or flow_prediction; `sign` is -1 where the pipeline negates the network's
-    output. `init_noise_sigma` is the standard deviation of the noise that the first step starts from.
+    output. `init_noise_sigma` is the standard deviation of the noise that the first step starts from. Some pipelines count theirs in
+    `num_train_timesteps`.
     """
 
     order = 1
@@ -45,7 +46,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(self, timesteps: Sequence[float] = (999,), alpha: Sequence[float] = (0.0,), sigma: Sequence[float] = (1.0,),
                  kept: Sequence[float] = (), prediction_type: str = "epsilon", clip_x0: float | None = None,
-                 init_noise_sigma: float = 1.0, sign: float = 1.0, known_noise: bool = False):
+                 init_noise_sigma: float = 1.0, sign: float = 1.0, known_noise: bool = False, num_train_timesteps: int = 1000):
         if not len(timesteps) == len(alpha) == len(sigma) == len(kept) + 1:
             raise ValueError(f"{len(timesteps)} timesteps need as many alpha and sigma and one kept less, got {len(alpha)}, {len(sigma)} "
                              f"and {len(kept)}")

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -132,6 +132,41 @@ def cache(overrides: Overrides = None, config: Config = None, device: Device = N
     whole = f"\ntraining loads the encoders all the same: {done.whole}" if done.whole else ""
     show(done.to_dict(), as_json, f"{done.conditions} conditions and {done.latents} latents in {done.folder}: {done.encoded} encoded now, "
                                   f"{done.shards} shards, {done.bytes / 2**20:.1f} MiB{whole}")
+
+
+@app.command()
+def pairs(
+    count: Annotated[int, typer.Option(min=1, help="how many")],
+    overrides: Overrides = None,
+    config: Config = None,
+    to: Annotated[Path | None, typer.Option(help="a folder for them; default: the recipe's data.pairs")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="of the teacher's ODE, equal ones from pure noise")] = 50,
+    solver: Annotated[str, typer.Option(help="ddim, heun or dpmpp_2m")] = "dpmpp_2m",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: Batch = 64,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Store noises with what the teacher's ODE makes of them, for methods that regress on such pairs: `--config fashion/dmd --count 5000`.
+
+    Teacher, prompts, guidance and precision are the recipe's. What Ctrl-C or a crash interrupts goes on the next time. Several processes
+    share the work: `accelerate launch -m stepdistill pairs --config RECIPE --count N`.
+    """
+    from stepdistill import pairs as making
+    from stepdistill.training import loop
+
+    chosen = chosen_recipe(config, overrides)
+    folder = to or chosen.data.pairs
+    if folder is None:
+        raise ValueError("name a folder for the pairs with --to, or with data.pairs in the recipe")
+    accelerator = loop.make_accelerator(chosen, None)
+    done = making.make(chosen, folder, count=count, steps=steps, solver=cast(Any, solver), seed=seed, batch_size=batch_size,
+                       device=accelerator.device if device is None else pick_device(device))
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        given = "" if folder == chosen.data.pairs else f" data.pairs={folder}"
+        show(done.to_dict(), as_json, f"{done.pairs} pairs in {done.folder}: {done.made} made now, {done.shards} shards, "
+                                      f"{done.bytes / 2**20:.1f} MiB\nnext: stepdistill train --config {config}{given} --out RUN")
 
 
 @app.command()

@@ -15,10 +15,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from stepdistill import pairs
 from stepdistill import recipe as recipes
 from stepdistill.eval import models, report, score
 from stepdistill.export import export
 from stepdistill.methods import METHODS
+from stepdistill.methods.base import Pairs
 from stepdistill.recipe import Recipe
 from stepdistill.training import loop, measure
 from stepdistill.training.assemble import assemble
@@ -27,16 +29,24 @@ from stepdistill.training.checkpoint import write_atomically
 BUDGET = 600_000                                        # passes of one sample: some 12 minutes on two cores in the fashion world
 CALLS = (1, 2, 4)                                       # in which a student is sampled, where its sampler can
 COST = {"none": 1, "input": 2, "weights": 3}            # of a forward pass, and of the two halves of a backward pass beside it
+PAIRED = 1 / 6                                          # of the budget of a method that reads pairs: what they may cost
+PAIR_STEPS = 10                                         # of the ODE that makes them, by dpmpp_2m
 BASELINES = [(solver, calls) for solver in ("ddim", "dpmpp_2m") for calls in (1, 2, 4, 8, 50)]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One method's part: its recipe, cut to the budget, and what one step of it costs in passes of one sample."""
+    """One method's part: its recipe, cut to the budget, what one step of it costs in passes of one sample, and what its pairs cost."""
 
     name: str
     recipe: Recipe
     cost: float
+    paired: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Of one sample, all in all."""
+        return self.paired + round(self.cost * self.recipe.batch_size * self.recipe.steps)
 
 
 def members(world: str) -> list[str]:
@@ -61,13 +71,24 @@ def cost(recipe: Recipe, rounds: int = 4) -> float:
     return sum(COST[p.gradient] * p.rows for p in passes) / (steps * small.batch_size)
 
 
-def entry(world: str, name: str, budget: int = BUDGET) -> Entry:
-    """The method's recipe, its student made for the most calls in equal steps from noise, with as many steps as the budget pays for."""
-    chosen = recipes.load(f"{world}/{name}")
-    chosen = replace(chosen, student=replace(chosen.student, steps=max(CALLS), times=None))
+def entry(world: str, name: str, folder: Path, budget: int = BUDGET) -> Entry:
+    """The method's recipe, its student made for the most calls in equal steps from noise, with as many steps as the budget pays for.
+
+    A method of one call keeps its recipe's student. What a method reads of pairs is made here, in `folder`, resumably, and paid for first.
+    """
+    chosen, method = recipes.load(f"{world}/{name}"), METHODS[name]
+    if not method.one_step:
+        chosen = replace(chosen, student=replace(chosen.student, steps=max(CALLS), times=None))
+    paired = 0
+    if any(isinstance(stream, Pairs) for stream in method.data(chosen.method_config).values()):
+        chosen = replace(chosen, data=replace(chosen.data, pairs=folder / "pairs"))
+        nfe = pairs.ode(chosen, PAIR_STEPS).nfe
+        count = max(1, round(PAIRED * budget / nfe))
+        pairs.make(chosen, folder / "pairs", count=count, steps=PAIR_STEPS, device=loop.make_accelerator(chosen, None).device)
+        paired = count * nfe
     each = cost(chosen)
-    steps = max(1, round(budget / (each * chosen.batch_size)))
-    return Entry(name, replace(chosen, steps=steps, preview_every=0, checkpoint_every=max(1, steps // 4)), each)
+    steps = max(1, round((budget - paired) / (each * chosen.batch_size)))
+    return Entry(name, replace(chosen, steps=steps, preview_every=0, checkpoint_every=max(1, steps // 4)), each, paired)
 
 
 def play(world: str, out: Path, names: Sequence[str] = (), budget: int = BUDGET, count: int = 2000,
@@ -99,9 +120,9 @@ def play(world: str, out: Path, names: Sequence[str] = (), budget: int = BUDGET,
 
 def _row(world: str, name: str, folder: Path, budget: int, count: int) -> dict[str, Any]:
     """Everything of one method. A numerical failure or a refusal of its own is a row, too; other errors are raised."""
-    method, part = METHODS[name], entry(world, name, budget)
+    method, part = METHODS[name], entry(world, name, folder, budget)
     row: dict[str, Any] = {"name": name, "title": method.title, "arxiv": method.arxiv, "family": method.family, "steps": part.recipe.steps,
-                           "passes": round(part.cost * part.recipe.batch_size * part.recipe.steps), "results": {}}
+                           "passes": part.passes, "results": {}}
     run, student = folder / "run", folder / "student"
     try:
         outcome = loop.resume(run) if (run / loop.RECIPE).is_file() else loop.start(part.recipe, run)
@@ -113,6 +134,9 @@ def _row(world: str, name: str, folder: Path, budget: int, count: int) -> dict[s
         shutil.rmtree(student, ignore_errors=True)
         export(run, student)
         for calls in CALLS:
+            if method.one_step and calls > 1:
+                row["results"][str(calls)] = {"left_out": "trained in one call"}
+                continue
             try:
                 models.open_model(str(student), calls)
             except ValueError as error:                                         # its sampler has its own number of steps
@@ -184,8 +208,9 @@ def markdown(content: dict[str, Any]) -> str:
     heads = ["model", "calls", "NFE", *(f"{n} {report.BETTER[n.split('_')[0]]}" for n in names), "against the teacher in 4", "ms / image",
              "passes", "MiB", "minutes"]
     lines = [f"# League of the {content['world']} world", "",
-             f"Made by `stepdistill league --world {content['world']}`. Every student is made for 4 equal steps, trained for "
-             f"{content['budget']:,} passes of one sample (forward 1, backward to the input 1 more, to the weights 2 more) and sampled in "
+             f"Made by `stepdistill league --world {content['world']}`. Every student is made for 4 equal steps, or for the one step "
+             f"that its method trains, trained for {content['budget']:,} passes of one sample (forward 1, backward to the input 1 more, to "
+             f"the weights 2 more, the teacher's calls for stored pairs among them) and sampled in "
              f"1, 2 and 4 of those calls where its sampler can; one run each, {content['count']:,} pictures, protocol "
              f"`{content['protocol_hash']}`. Errors are those of the generated sample. The paired difference in {names[0]} is to "
              f"{content['compared_with']}. NFE counts both halves of guidance.", "",

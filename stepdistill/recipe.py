@@ -85,6 +85,7 @@ class DataRecipe:
     prompts: Path | None = None                          # one prompt per line, or a table or dataset of them
     cache: Path | None = None                            # where conditions and latents of a pipeline are kept; filled where it lacks some
     buckets: tuple[tuple[int, int], ...] = ()            # (height, width) of each, teacher.call's among them; a batch has one of them
+    pairs: Path | None = None                            # noises and what the teacher's ODE makes of them: `stepdistill pairs` fills it
 
     def __post_init__(self) -> None:
         if any(min(bucket) < 1 for bucket in self.buckets) or len(set(self.buckets)) < len(self.buckets):
@@ -193,8 +194,9 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
     student = dataclasses.replace(recipe.student, weights=_absolute(recipe.student.weights))
     if recipe.data.buckets and (given.call.get("height"), given.call.get("width")) not in recipe.data.buckets:
         raise ValueError("data.buckets must hold the height and width of teacher.call, the size of previews and of what plan counts")
-    folder, prompts, cache, start = map(_absolute, (recipe.data.folder, recipe.data.prompts, recipe.data.cache, recipe.start))
-    data = dataclasses.replace(recipe.data, folder=folder, prompts=prompts, cache=cache)
+    given_data, start = recipe.data, _absolute(recipe.start)
+    data = dataclasses.replace(given_data, folder=_absolute(given_data.folder), prompts=_absolute(given_data.prompts),
+                               cache=_absolute(given_data.cache), pairs=_absolute(given_data.pairs))
     return dataclasses.replace(recipe, method=_resolved(recipe), optim=optim, teacher=teacher, student=student, data=data, start=start)
 
 

@@ -14,7 +14,7 @@ from toys import tiny_unet
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction, target
 from stepdistill.diffusion.process import NoiseProcess, TableVP, like
-from stepdistill.methods.base import Batch, Images, Method, Sample
+from stepdistill.methods.base import Batch, Conditions, Method, Pairs, Sample
 from stepdistill.models.adapters import LoraRecipe
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
@@ -36,12 +36,13 @@ def keyed(step: int = 0, update: int = 0, seed: int = 0, count: int = COUNT) -> 
 
 
 def labelled(draws: Draws, method: Method[Any]) -> Batch:
-    """Random labels with their null, and pictures where the method reads them."""
+    """Random labels with their null, and pictures or pairs where the method reads them."""
     made = {}
     for name, stream in method.data(method.cfg).items():
         labels = draws.each(f"{name}/labels").integers(NULL)
-        x0 = draws.each(f"{name}/x0").normal(*method.setup.shape) if isinstance(stream, Images) else None
-        made[name] = Sample(Conditioning({"class_labels": labels}, {"class_labels": torch.full_like(labels, NULL)}), x0)
+        x0, z = (draws.each(f"{name}/{part}").normal(*method.setup.shape) for part in ("x0", "z"))
+        made[name] = Sample(Conditioning({"class_labels": labels}, {"class_labels": torch.full_like(labels, NULL)}),
+                            None if isinstance(stream, Conditions) else x0, z if isinstance(stream, Pairs) else None)
     return Batch(made)
 
 
@@ -49,7 +50,7 @@ def unet_roles(method: Method[Any], guidance: float = 2.0, lora: Mapping[str, Lo
     """Roles over a tiny U-Net on Stable Diffusion's table, every copy moved away from the teacher: equal scores would hide mistakes."""
     teacher = Denoiser(tiny_unet(), TABLE, kind, guidance=guidance, taps=("mid_block",))
     example = torch.zeros(1, 1, 8, 8), f64([0.5]), Conditioning({"class_labels": torch.zeros(1, dtype=torch.long)})
-    m = Roles.build(method.needs(method.cfg), teacher, lambda: example, lora=lora)
+    m = Roles.build(method.needs(method.cfg), teacher, lambda: example, lora=lora, boundaries=method.sampler().boundaries)
     with torch.no_grad():
         for name in m.trains:
             generator = torch.Generator().manual_seed(len(name))

@@ -20,9 +20,21 @@ def test_cost_of_a_step_by_hand():
     assert league.cost(sid) == pytest.approx(3 + 2 * 2 + 2 + 1 + 3)
 
 
-def test_steps_pay_the_budget():
-    part = league.entry("fashion", "dmd2", 100_000)
-    assert part.recipe.steps * part.recipe.batch_size * part.cost == pytest.approx(100_000, rel=0.02)
+def test_steps_pay_the_budget(tmp_path: Path):
+    part = league.entry("fashion", "dmd2", tmp_path, 100_000)
+    assert part.recipe.steps * part.recipe.batch_size * part.cost == part.passes == pytest.approx(100_000, rel=0.02)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pairs_are_paid_for_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A sixth of the budget, ten guided steps each; the second time makes none."""
+    first = league.entry("fashion", "dmd", tmp_path, 1200)
+    assert first.paired == 200 == 10 * 2 * json.loads((tmp_path / "pairs/pairs.json").read_text())["count"]
+    assert first.passes == pytest.approx(1200, rel=0.2)
+    assert (first.recipe.student.steps, first.recipe.student.times) == (1, (0.4,))
+    assert first.cost == pytest.approx(3 * 2 + 2 + 1 + 3)         # student on noise and pairs; guided teacher, fake; critic
+    monkeypatch.setattr("stepdistill.data.pairs._pairs", None)
+    assert league.entry("fashion", "dmd", tmp_path, 1200) == first
 
 
 def test_members_are_methods_with_a_recipe():

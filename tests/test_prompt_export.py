@@ -133,13 +133,16 @@ class Case:
         return f"{self.family}-{'_'.join(f'{t:.2g}' for t in self.spec.times)}-{self.spec.renoise:g}{clip}"
 
 
-LCM, DDIM, EULER, OWN = "LCMScheduler", "DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "FewStepScheduler"
+LCM, TCD, DDIM, EULER, OWN = "LCMScheduler", "TCDScheduler", "DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "FewStepScheduler"
 ODD = (1.0, 0.6, 0.25, 0.03)
 CASES = [
     *(Case(family, EULER if family in ("sd3", "flux") else LCM, SamplerSpec(trailing(n))) for family in FAMILIES for n in (1, 2, 4)),
     *(Case(family, DDIM, SamplerSpec(trailing(4), renoise=0)) for family in ("sd", "sd2-v")),
     *(Case(family, EULER, SamplerSpec(trailing(4), renoise=0)) for family in ("sd3", "flux")),
     Case("sd", LCM, SamplerSpec(lcm_grid(4))),
+    Case("sdxl", TCD, SamplerSpec(trailing(4), renoise=0.3)),
+    Case("sd2-v", TCD, SamplerSpec((1.0, 0.667, 0.334), renoise=0)),             # DDIM would go from 666 to 332
+    Case("sd", OWN, SamplerSpec(ODD, renoise=0)),
     Case("sd3", EULER, SamplerSpec((1.0, 0.6, 0.2))),                            # no equal steps, and yet two of Euler's numbers hold them
     *(Case(family, OWN, SamplerSpec(ODD)) for family in ("sd", "sd3", "flux")),
     Case("sd2-v", OWN, SamplerSpec(trailing(3), clip_x0=1.5)),                   # between two training steps
@@ -301,7 +304,7 @@ def test_a_wrong_number_of_steps(foreign: Path) -> None:
         error, card = said(foreign, case.name)["error"], (foreign / case.name / "README.md").read_text()
         if case.scheduler == OWN:
             assert error.startswith(f"this student was trained for {len(case.spec.times)} steps")
-        elif case.scheduler == LCM and case.spec.times == trailing(len(case.spec.times)):
+        elif case.scheduler in (LCM, TCD) and case.spec.times == trailing(len(case.spec.times)):
             assert "num_inference_steps" in error
             assert f"raises an error above {len(case.spec.times)}" in card
         else:

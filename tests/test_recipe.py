@@ -115,7 +115,7 @@ def test_a_wrong_type_names_the_key_and_the_value(changes: dict[str, Any], words
     ({"method__gan_weight": -1}, "method.gan_weight and method.disc_weight cannot be negative"),
     ({"method__times": {"low": 0.9, "high": 0.1}}, "method.times: times need 0 <= low <= high <= 1"),
     ({"method__fake_times": {"low": 0.5}}, "method.fake_times must hold the range of method.times"),
-    ({"method__name": "dmd3"}, "unknown method 'dmd3', did you mean 'dmd2'?"),
+    ({"method__name": "dmd3"}, "unknown method 'dmd3', did you mean 'dmd'?"),
     ({"method__name": 3}, "the recipe lacks method.name"),
     ({"optim__disk": {"lr": 1}}, "optim.disk: this configuration of dmd2 trains student, fake, disc"),
     ({"optim__teacher": {"lr": 1}}, "optim.teacher: this configuration of dmd2 trains student, fake, disc"),
@@ -171,7 +171,7 @@ def test_a_missing_file_is_a_missing_file(path: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("fashion/dmd", "no recipe 'fashion/dmd', did you mean 'fashion/dmd2'?"), ("fashion/dmd2.", "did you mean 'fashion/dmd2'"),
+    ("fashion/dmd_2", "no recipe 'fashion/dmd_2', did you mean 'fashion/dmd2'?"), ("fashion/dmd2.", "did you mean 'fashion/dmd2'"),
     ("zzzzzz", "no recipe 'zzzzzz'; shipped: "), ("", "no recipe ''"),
 ])
 def test_a_short_name_that_is_none(name: str, message: str) -> None:

@@ -6,8 +6,9 @@ velocity head, everything started from one network regressed on the teacher's ve
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,32 @@ class Mlp(nn.Module):
         if self.embed is not None and class_labels is not None:
             h = h + self.embed(class_labels)
         return (self.leave(self.trunk(h[:, None]))[:, 0],)
+
+
+class ToldMlp(Mlp):
+    """A copy of an Mlp that is told numbers (B, count) besides its time; w - 1 may reach 4, so all are told in quarters."""
+
+    def __init__(self, plain: Mlp, count: int):
+        nn.Module.__init__(self)
+        self.__dict__.update(copy.deepcopy(plain).__dict__)
+        self.tell = nn.Linear(count * (1 + 2 * HARMONICS), plain.enter.out_features, bias=False)
+        nn.init.zeros_(self.tell.weight)
+
+    def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None, return_dict: bool = True,
+                told: Tensor | None = None) -> tuple[Tensor]:
+        assert told is not None
+        phase = told[..., None] / 4 * torch.arange(1, HARMONICS + 1, dtype=x.dtype) * (math.pi / 2)
+        more = self.tell(torch.cat([told / 4, phase.sin().flatten(1), phase.cos().flatten(1)], dim=1))
+        hook = self.enter.register_forward_hook(lambda module, args, out: out + more)
+        try:
+            return super().forward(x, time, class_labels)
+        finally:
+            hook.remove()
+
+
+def told(start: Denoiser, inputs: tuple[str, ...]) -> Denoiser:
+    """A toy student that is told these."""
+    return replace(start, network=ToldMlp(start.network, len(inputs)), inputs=inputs)
 
 
 class Oracle(nn.Module):
@@ -153,9 +180,20 @@ def pretrained(teacher: MixtureTeacher, width: int, steps: int, batch: int = 512
     return Denoiser(network.eval(), teacher.process, "flow", clock="t", taps=("trunk",))
 
 
-def toy_roles(needs: Mapping[str, Role], teacher: Denoiser, student: Denoiser, seed: int = 0) -> Roles:
+class ToyRoles(Roles):
+    """Roles whose teacher is exact; `start` is what it is to its copies."""
+
+    start: nn.Module
+
+    @torch.no_grad()
+    def restart(self, name: str) -> None:
+        self.module(name).load_state_dict(self.start.state_dict())
+
+
+def toy_roles(needs: Mapping[str, Role], teacher: Denoiser, student: Denoiser, seed: int = 0, boundaries: Sequence[float] = ()) -> Roles:
     """The roles of a method whose teacher is exact and whose other networks are copies of `student`."""
-    denoisers = {name: teacher if name == "teacher" else student.copy() for name, role in needs.items() if role.source == "teacher"}
+    denoisers = {name: teacher if name == "teacher" else student.copy() if role.experts == 1 else student.divided(boundaries)
+                 for name, role in needs.items() if role.source == "teacher"}
     heads = {}
     for name, role in needs.items():
         if role.source == "head":
@@ -163,7 +201,9 @@ def toy_roles(needs: Mapping[str, Role], teacher: Denoiser, student: Denoiser, s
                 torch.manual_seed(key(seed, name))
                 x = torch.zeros(1, student.network.leave.out_features)
                 heads[name] = role.of, Discriminator(student(x, f64([0.5]), Conditioning(), tap=True).features)
-    return Roles(denoisers, heads, [name for name, role in needs.items() if role.trains])
+    roles = ToyRoles(denoisers, heads, [name for name, role in needs.items() if role.trains])
+    roles.start = student.network
+    return roles
 
 
 def toy_data(streams: Mapping[str, Stream], draws: Draws, clean: Callable[[Noise], Tensor] | None = None) -> Batch:
@@ -212,7 +252,7 @@ def distil(method: Method[Any], teacher: MixtureTeacher, start: Denoiser, optim:
            seed: int = 0) -> Roles:
     """Train every role from `start` against the exact teacher."""
     needs, streams, dim = method.needs(method.cfg), method.data(method.cfg), teacher.means[0].numel()
-    roles = toy_roles(needs, Oracle(teacher).denoiser(), start, seed)
+    roles = toy_roles(needs, Oracle(teacher).denoiser(), start, seed, method.sampler().boundaries)
 
     def clean(noise: Noise) -> Tensor:
         return teacher.data(batch, torch.Generator().manual_seed(noise.seeds[0])).reshape(batch, dim).float()

@@ -272,7 +272,7 @@ class Cache:
         for name, entry in entries.items():
             if isinstance(entry, list) and entry[0] is not None and not name.startswith("_"):
                 if name not in self._files:
-                    self._files[name] = files_digest(folder / name, "*.json" if name in (network, "scheduler") else "*")
+                    self._files[name] = files_digest(folder / name, "*.json" if name in (network, f"{network}_2", "scheduler") else "*")
                 parts[name] = self._files[name]
         parts |= {"call": digest(wanted.call), "dtype": digest(str(wanted.dtype)), "prompts": digest(wanted.texts)}
         parts["loras"] = digest([(scale, file_digest(Path(path))) for path, scale in wanted.loras.items()])
@@ -448,23 +448,23 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def opened(path: Path) -> Any:
-    """A safetensors file, lazily; ValueError where it is damaged."""
+def opened(path: Path, made_by: str = "cache") -> Any:
+    """A safetensors file, lazily; ValueError where it is damaged, naming the command that makes it."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"data.cache: {path} is damaged or gone ({error}); delete it and run `stepdistill cache` again") from error
+        raise ValueError(f"data.{made_by}: {path} is damaged or gone ({error}); delete it and run `stepdistill {made_by}` again") from error
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One writer, or one launch of them, per cache; the lock ends with its process. ValueError where another one writes."""
+    """One writer, or one launch of them, per folder; the lock ends with its process. ValueError where another one writes."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"data.cache {folder} is being filled by another process: wait until it is done") from error
+            raise ValueError(f"{folder} is being filled by another process: wait until it is done") from error
         yield
 
 

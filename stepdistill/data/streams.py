@@ -12,10 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stepdistill.data.pairs import PairSet
 from stepdistill.data.pictures import SUFFIXES, Picture, picture_files, tensors
 from stepdistill.diffusion.draws import Draws
-from stepdistill.methods.base import Batch, Images, Sample, Stream
+from stepdistill.methods.base import Batch, Images, Pairs, Sample, Stream
 from stepdistill.models.load import Teacher
+
+NO_PAIRS = ("this method reads pairs of a noise and what the teacher's ODE makes of it: make them with `stepdistill pairs --config RECIPE "
+            "--to FOLDER`, and name that folder with data.pairs")
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def _class_of(name: str, labels: tuple[str, ...], folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Source:
-    """Makes batches for a method: labels are uniform over the classes, pictures uniform over the set, both by the sample's key.
+    """Makes batches for a method: labels are uniform over the classes, pictures and pairs over their sets, all by the sample's key.
 
     Of a teacher that takes prompts the first `prompts` are drawn where no picture is asked for, 0 for all: captions may follow them.
     """
@@ -92,6 +96,7 @@ class Source:
     teacher: Teacher
     pictures: CleanStates | None = None
     prompts: int = 0
+    pairs: PairSet | None = None
 
     def batch(self, streams: Mapping[str, Stream], draws: Draws) -> Batch:
         """One batch with the streams a method declared. ValueError where it wants pictures and none were given."""
@@ -104,6 +109,11 @@ class Source:
 
     def _sample(self, name: str, stream: Stream, draws: Draws) -> Sample:
         rows = draws.each(f"data/{name}")
+        if isinstance(stream, Pairs):
+            if self.pairs is None:
+                raise ValueError(NO_PAIRS)
+            z, y, labels = self.pairs.rows(rows.integers(self.pairs.count))
+            return Sample(self.teacher.condition(labels), y.to(self.teacher.device), z.to(self.teacher.device))
         if not isinstance(stream, Images):
             return Sample(self.teacher.condition(rows.integers(self.prompts or max(1, self.teacher.classes))))
         if self.pictures is None:
@@ -131,6 +141,14 @@ def wants_pictures(streams: Mapping[str, Stream], given: bool) -> bool:
     wants = any(isinstance(s, Images) for s in streams.values())
     if wants and not given:
         raise ValueError("this method reads real pictures: set data.folder to a folder of pictures, or choose a data-free method")
+    return wants
+
+
+def wants_pairs(streams: Mapping[str, Stream], given: bool) -> bool:
+    """Whether a method with these streams reads pairs; ValueError where it does and none are `given`."""
+    wants = any(isinstance(s, Pairs) for s in streams.values())
+    if wants and not given:
+        raise ValueError(NO_PAIRS)
     return wants
 
 

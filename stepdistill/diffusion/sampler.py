@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
@@ -24,7 +24,18 @@ class Net(Protocol):
     @property
     def process(self) -> NoiseProcess: ...
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Any, *, w: float | None = None) -> Prediction: ...
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any, *, s: Tensor | None = None, w: float | None = None) -> Prediction:
+        """`s` (B,) is given to a student that is told it, and to no other."""
+        ...
+
+
+INPUTS = ((), ("s",), ("w",), ("s", "w"))               # what a student may be told besides its time
+
+
+def check_inputs(inputs: tuple[str, ...]) -> None:
+    """ValueError unless it is a row of INPUTS."""
+    if inputs not in INPUTS:
+        raise ValueError(f"inputs must be s (the time that a step goes to), w (its guidance) or both in this order, got {inputs}")
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,9 @@ class SamplerSpec:
     students trained for the endpoint need; 0 follows the ODE with `solver`; between, the step falls to (1 - renoise)·next and is
     noised up again (trajectory S6). `clip_x0` clamps x0 after each call. `guidance` is w in null + w·(cond - null); 1 is none.
     `known_noise`: the first step along the ODE takes its noise from the state, which is nothing else, and only x0 from the network
-    (Imagine Flash, Kohler et al. 2024). It changes nothing where alpha is 0 at the start.
+    (Imagine Flash, Kohler et al. 2024). It changes nothing where alpha is 0 at the start. `boundaries` are the times at which a student
+    of several experts changes from one to the next, which serves them and what lies below (Phased DMD). `inputs` say what the student is
+    told besides its time: "s", where each step goes before it is noised up again (0 at the last), and "w", guidance, then in one call.
     """
 
     times: tuple[float, ...]
@@ -44,6 +57,8 @@ class SamplerSpec:
     clip_x0: float | None = None
     guidance: float = 1.0
     known_noise: bool = False
+    boundaries: tuple[float, ...] = ()
+    inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.times or not all(0 < b < a <= 1 for a, b in zip(self.times, (*self.times[1:], 0.5 * self.times[-1]), strict=True)):
@@ -58,12 +73,20 @@ class SamplerSpec:
             raise ValueError(f"clip_x0 is the largest absolute value of x0 and must be positive, got {self.clip_x0}")
         if self.known_noise and (self.renoise > 0 or self.solver != "ddim"):
             raise ValueError(f"known_noise is a step of ddim: it needs that solver and renoise 0, got {self.solver} and {self.renoise}")
+        if not all(0 < b < a for a, b in zip((1.0, *self.boundaries), self.boundaries, strict=False)):
+            raise ValueError(f"boundaries between experts must fall strictly within (0, 1), got {self.boundaries}")
+        check_inputs(self.inputs)
+        if "s" in self.inputs and self.solver != "ddim":
+            raise ValueError(f"a student that is told where its step goes makes it in one jump: it needs solver ddim, got {self.solver}")
 
     @property
     def nfe(self) -> int:
-        """Network evaluations per sample, both halves of guidance counted (heun makes one less where its first state has alpha 0)."""
+        """Network evaluations per sample, both halves of guidance counted where it is not told.
+
+        heun makes one less where its first state has alpha 0.
+        """
         calls = 2 * len(self.times) - 1 if self.solver == "heun" else len(self.times)
-        return calls * (1 if self.guidance == 1 else 2)
+        return calls * (1 if self.guidance == 1 or "w" in self.inputs else 2)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `SamplerSpec.from_dict` is the inverse."""
@@ -72,14 +95,18 @@ class SamplerSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SamplerSpec:
         """Strict: an unknown key raises TypeError."""
-        return cls(**{**values, "times": tuple(values["times"])})
+        return cls(**{**values, **{key: tuple(values.get(key, ())) for key in ("times", "boundaries", "inputs")}})
 
     def at(self, count: int) -> SamplerSpec:
-        """The same sampler with another count of equal steps from the same start; ValueError unless it re-noises in equal steps."""
+        """The same sampler with another count of equal steps from the same start.
+
+        ValueError unless its own are equal, and it re-noises or its student is told where each step goes.
+        """
         if count == len(self.times):
             return self
         grid = lambda n: tuple(self.times[0] * t for t in trailing(n))                                      # noqa: E731
-        if self.renoise != 1 or any(abs(a - b) > 1e-9 for a, b in zip(self.times, grid(len(self.times)), strict=True)):
+        equal = all(abs(a - b) <= 1e-9 for a, b in zip(self.times, grid(len(self.times)), strict=True))
+        if not equal or (self.renoise != 1 and "s" not in self.inputs):
             raise ValueError(f"this model is sampled in {len(self.times)} steps at its own times {self.times}, not in {count}")
         return replace(self, times=grid(count))
 
@@ -104,9 +131,9 @@ def start(process: NoiseProcess, spec: SamplerSpec, z: Tensor) -> Tensor:
     return like(process.prior_std(torch.tensor(spec.times[0], dtype=torch.float64)), z) * z
 
 
-def call(net: Net, spec: SamplerSpec, x_t: Tensor, t: Tensor, cond: Any) -> Prediction:
-    """The sampler's prediction at states x_t (B, ...) and times t (B,): guided and clipped as `spec` says."""
-    pred = net(x_t, t, cond, w=spec.guidance)
+def call(net: Net, spec: SamplerSpec, x_t: Tensor, t: Tensor, cond: Any, s: Tensor | None = None) -> Prediction:
+    """The sampler's prediction at states x_t (B, ...) and times t (B,), guided and clipped as `spec` says; s (B,) where it is told."""
+    pred = net(x_t, t, cond, s=s, w=spec.guidance) if "s" in spec.inputs else net(x_t, t, cond, w=spec.guidance)
     if spec.clip_x0 is None:
         return pred
     return from_x0(pred.x0.clamp(-spec.clip_x0, spec.clip_x0), pred.x_t, pred.alpha, pred.sigma)
@@ -125,15 +152,15 @@ def steps(net: Net, x: Tensor, spec: SamplerSpec, cond: Any, draws: Draws, *, gr
         t = torch.tensor(now, dtype=torch.float64, device=x.device).expand(len(x))
         keep = bool(grad and grad(i))
         x = x if keep else x.detach()                                    # or whatever is read of pred later would differentiate x_t alone
+        r = torch.tensor(later or 0.0, dtype=torch.float64, device=x.device)
+        low = r * (1 - spec.renoise)
         with torch.set_grad_enabled(keep):
-            pred = call(net, spec, x, t, cond)
+            pred = call(net, spec, x, t, cond, low.expand(len(x)))
             x0, x_next = pred.x0, None
             if later is not None:
-                r = torch.tensor(later, dtype=torch.float64, device=x.device)
                 if spec.renoise == 1:
                     x_next = process.add_noise(x0, fresh(i), r)
                 elif spec.renoise > 0:
-                    low = r * (1 - spec.renoise)
                     x_next = process.travel(jump(pred, process, low), fresh(i), low, r)
                 elif spec.known_noise and i == 0:
                     x_next = process.add_noise(x0, x / like(process.prior_std(t), x), r)
@@ -154,6 +181,20 @@ def one_call(net: Net, spec: SamplerSpec, cond: Any, draws: Draws, shape: tuple[
     last = int(draws.shared("call").integers(len(spec.times)))
     x = start(net.process, spec, draws.each("start").normal(*shape))
     return next(step for step in steps(net, x, spec, cond, draws, grad=lambda i: grad and i == last) if step.index == last)
+
+
+def data_call(net: Net, spec: SamplerSpec, x0: Tensor, cond: Any, draws: Draws, odds: Sequence[float]) -> Prediction:
+    """One call of the sampler at noised data x0 (B, ...), its place in `spec.times` drawn for each sample in proportion to `odds`.
+
+    The first call starts where the sampler does, from pure noise; the states of the others are what a perfect student would have come by
+    (ADD, Sauer et al. 2023, sec. 3.2, whose first time has alpha 0).
+    """
+    ends = torch.tensor(odds, dtype=torch.float64, device=x0.device).cumsum(0)
+    place = torch.searchsorted(ends, draws.each("call").uniform() * ends[-1], right=True).clamp_max(len(odds) - 1)
+    t = torch.tensor(spec.times, dtype=torch.float64, device=x0.device)[place]
+    eps = draws.each("start").normal_like(x0)
+    x_t = torch.where(like(place == 0, x0).bool(), start(net.process, spec, eps), net.process.add_noise(x0, eps, t))
+    return call(net, spec, x_t, t, cond)
 
 
 @torch.no_grad()

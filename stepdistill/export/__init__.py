@@ -3,7 +3,8 @@
 Class-conditional and unconditional students bring their pipeline along:
 
     model_index.json  pipeline.py     the self-contained pipeline and its settings
-    unet/  scheduler/  vae/           weights in safetensors; a stock scheduler set up as the student needs it; the teacher's VAE if any
+    unet/  scheduler/  vae/           weights in safetensors (and `inputs.py`, where the network is told more than its time); a stock
+    unet_2/ ...                       scheduler set up as the student needs it; the teacher's VAE if any; the student's other experts
 
 Students of a whole pipeline are one of its class, with a scheduler that runs them when told their number of steps (`export.schedule`):
 
@@ -20,9 +21,12 @@ Both hold
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import inspect
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,10 +49,14 @@ from stepdistill.export import lora as loras
 from stepdistill.export import schedule
 from stepdistill.export.cards import card, pipeline_card
 from stepdistill.export.schedule import Plan, scheduler_of
+from stepdistill.models import inputs as told
 from stepdistill.models.adapters import is_adapter, layers_of, merged
+from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.drive import Driven
+from stepdistill.models.experts import parts_of
 from stepdistill.models.load import NOTES, Teacher, Vae, is_prompted, load_pipeline, load_teacher, read_json
 from stepdistill.models.recording import SCALES, usual_inputs
+from stepdistill.models.wiring import Static, Wiring
 from stepdistill.recipe import Recipe
 from stepdistill.training import checkpoint
 from stepdistill.training.loop import CHECKPOINTS, RECIPE, say
@@ -59,6 +67,7 @@ CARD, PIPELINE, INDEX = "README.md", "pipeline.py", "model_index.json"
 WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
 OWN_SCHEDULER, STOCK_SCHEDULER = "few_step_scheduler", "stock_scheduler"
 SHARED_NOTES = {"sampler", "method", "teacher", "step", "ema"}
+MOST = 4                                                                         # networks in the pipeline of a class-conditional student
 NO_PROTOCOL = "is a pipeline with prompts, and no evaluation protocol takes one yet"
 
 
@@ -111,15 +120,20 @@ def export(run: Path, to: Path, weights: Literal["ema", "raw"] = "ema", *, dtype
     if lora_rank is not None:
         raise ValueError(f"--lora-rank is for students of a pipeline that diffusers loads adapters into; {recipe.teacher.path} is none")
     teacher = load_teacher(recipe.teacher.path)
-    network = torch.nn.Module.to(_filled(teacher, tensors, "ema/" if ema else "role/student/", run), getattr(torch, dtype))
+    network = torch.nn.Module.to(_filled(teacher, tensors, "ema/" if ema else "role/student/", spec, run), getattr(torch, dtype))
     with in_one_move(to) as folder:
         _pipeline(teacher, network, spec).save_pretrained(folder, safe_serialization=True, max_shard_size="1000GB")
         for inner in folder.glob("*/config.json"):
             _edit(inner, {"_name_or_path": None})                                # a path of the machine it was made on
         _edit(folder / INDEX, {"_class_name": [Path(PIPELINE).stem, "ClassConditionalPipeline"], "_name_or_path": None})
         (folder / PIPELINE).write_bytes(_code("class_conditional"))
+        if spec.inputs:
+            code = Path(told.__file__)
+            _edit(folder / INDEX, {"unet": [code.stem, type(network).__name__]})
+            (folder / "unet" / code.name).write_bytes(code.read_bytes())
         (folder / RECIPE).write_text(recipes.dump(recipe))
-        notes = _notes(recipe, teacher, spec) | {"step": int(state["step"]), "ema": ema, "unet_sha256": sha256(folder / WEIGHTS)}
+        notes = _notes(recipe, teacher, spec) | {"step": int(state["step"]), "ema": ema,
+                                                 "unet_sha256": digest(*sorted(folder.glob("unet*")))}
         (folder / NOTES).write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n")
         (folder / CARD).write_text(card(to.name, notes, recipe, results))
     return Exported(str(to), notes["step"], recipe.steps, ema, notes["unet_sha256"])
@@ -133,31 +147,45 @@ def _export_pipeline(run: Path, to: Path, tensors: Mapping[str, Tensor], state: 
     prefix = "ema/" if ema else "role/student/"
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     adapter, fit, factors = recipe.lora.get("student"), None, None
-    fits = (lambda part: layers_of(weights) <= dict(part.named_modules()).keys()) if adapter else (
-        lambda part: part.state_dict().keys() == weights.keys())
-    component = next((n for n, part in pipeline.components.items() if isinstance(part, torch.nn.Module) and fits(part)), None)
+    shares = shares_of(weights)
+    names = {name for name in shares[0] if not (spec.inputs and name.endswith(".cond_proj.weight"))}
+    fits = (lambda part: layers_of(shares[0]) <= dict(part.named_modules()).keys()) if adapter else (
+        lambda part: part.state_dict().keys() == names)
+    component = next((n for n, part in sorted(pipeline.components.items()) if isinstance(part, torch.nn.Module) and fits(part)), None)
     if component is None or is_adapter(weights) != bool(adapter):
         raise ValueError(f"the checkpoint of {run} fits no network of the pipeline at {source}; was the teacher replaced?")
     if rank is not None and adapter:
         raise ValueError(f"the student of {run} is an adapter of rank {adapter.rank} already: leave --lora-rank out")
     if rank is not None and not loras.saves(pipeline, component):
         raise ValueError(f"{type(pipeline).__name__} loads no adapters: leave --lora-rank out")
+    if rank is not None and len(shares) > 1:
+        raise ValueError(f"the student of {run} is {len(shares)} networks, and an adapter is of one: leave --lora-rank out")
+    components = [component, *_seconds(pipeline, component, len(shares))]
+    call = dict(state["call"])
+    if spec.inputs:
+        pipeline.register_modules(**{component: _told_guidance(pipeline, getattr(pipeline, component), spec)})
+        call = {keyword: number + spec.guidance - 1 for keyword, number in call.items()}       # it was the number of no guidance
     driven = Driven(pipeline)
-    inputs = {**usual_inputs(pipeline, **recipe.teacher.call)(["a red apple"]), **state["call"]}
+    inputs = {**usual_inputs(pipeline, **recipe.teacher.call)(["a red apple"]), **call}
     driven.fit_shift(inputs, SCALES[0])
     chosen = schedule.plan(driven, inputs, spec)
-    network = getattr(pipeline, component)
-    if adapter:
-        factors = loras.of_adapter(weights, adapter) if loras.saves(pipeline, component) else None
-        merged(network, weights, adapter)
-    else:
-        if rank is not None:
-            factors, fit = loras.of_difference(network, weights, rank)
-        network.load_state_dict(weights)
-    torch.nn.Module.to(network, dtype)
-    notes = {"pipeline": type(pipeline).__name__, "component": component, "sampler": spec.to_dict(), "method": recipe.method["name"],
-             "teacher": source.name, "call": {**recipe.teacher.call, "num_inference_steps": len(spec.times), **state["call"]},
-             "video": hasattr(pipeline, "video_processor"), **_walk(driven, chosen, spec, state["call"]),
+    if adapter and len(shares) == 1 and loras.saves(pipeline, component):
+        factors = loras.of_adapter(weights, adapter)
+    elif rank is not None:
+        factors, fit = loras.of_difference(getattr(pipeline, component), weights, rank)
+    for name, share in zip(components, shares, strict=True):
+        network = getattr(pipeline, name)
+        if adapter:
+            merged(network, share, adapter)
+        else:
+            network.load_state_dict(share)
+        torch.nn.Module.to(network, dtype)
+    if spec.boundaries:
+        pipeline.register_to_config(boundary_ratio=_ratio(driven, spec))
+    notes = {"pipeline": type(pipeline).__name__, "component": component, "components": components, "sampler": spec.to_dict(),
+             "method": recipe.method["name"], "teacher": source.name,
+             "call": {**recipe.teacher.call, "num_inference_steps": len(spec.times), **chosen.call, **call},
+             "video": hasattr(pipeline, "video_processor"), **_walk(driven, chosen, spec, call),
              "teacher_scheduler": {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config},
              "licence": licence_of(source), "step": int(state["step"]), "ema": ema, "versions": _versions()}
     pipeline.scheduler = chosen.scheduler
@@ -172,7 +200,7 @@ def _export_pipeline(run: Path, to: Path, tensors: Mapping[str, Tensor], state: 
             chosen.other.save_pretrained(folder / STOCK_SCHEDULER)
         files = loras.save(pipeline, component, factors, folder, to.name) if factors else ()
         held = len(next(iter(factors.values()))[0]) if factors else None
-        notes |= {"weights_sha256": digest(folder / component),
+        notes |= {"weights_sha256": digest(*(folder / name for name in components)),
                   "lora": {"files": files, "rank": held, "fit": fit.to_dict() if fit else None} if files else None}
         for legal in sorted(source.glob("LICENSE*")):
             shutil.copy(legal, folder)
@@ -180,6 +208,45 @@ def _export_pipeline(run: Path, to: Path, tensors: Mapping[str, Tensor], state: 
         (folder / NOTES).write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n")
         (folder / CARD).write_text(pipeline_card(to.name, notes, recipe))
     return Exported(str(to), int(state["step"]), recipe.steps, ema, notes["weights_sha256"], fit)
+
+
+def shares_of(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Saved weights or adapters of each expert, under the names they have in its network; of one network all of them."""
+    named = {key: re.fullmatch(r"experts[./](\d+)[./](.+)", key) for key in weights}
+    shares: dict[int, dict[str, Tensor]] = {}
+    for key, match in named.items():
+        shares.setdefault(int(match[1]) if match else 0, {})[match[2] if match else key] = weights[key]
+    return [shares[i] for i in sorted(shares)]
+
+
+def _seconds(pipeline: Any, component: str, count: int) -> list[str]:
+    """The name of the second of two networks, made where the pipeline has one only; ValueError where it has no place for so many."""
+    if count == 1:
+        return []
+    second = f"{component}_2"
+    if count > 2 or not {second, "boundary_ratio"} <= inspect.signature(type(pipeline).__init__).parameters.keys():
+        raise ValueError(f"a student of {count} networks cannot be exported as a {type(pipeline).__name__}: pipelines with a place for "
+                         "several have two and a boundary_ratio (Wan). Train two phases of such a pipeline, or one student with "
+                         "method.experts=false")
+    if getattr(pipeline, second) is None:
+        pipeline.register_modules(**{second: copy.deepcopy(getattr(pipeline, component))})
+    return [second]
+
+
+def _ratio(driven: Driven, spec: SamplerSpec) -> float:
+    """Of two experts, the share of the clock from which on the first one answers: halfway between its last call and the other's first."""
+    told = driven.times(spec.times)
+    last, first = (pick(n for n, t in zip(told, spec.times, strict=True) if (t > spec.boundaries[0]) == above)
+                   for pick, above in ((min, True), (max, False)))
+    return (last + first) / 2 / float(driven.scheduler.config.num_train_timesteps)
+
+
+def _told_guidance(pipeline: Any, network: Any, spec: SamplerSpec) -> torch.nn.Module:
+    """A network like this one that its pipeline tells its guidance, with weights to be filled in; ValueError where no pipeline would."""
+    if spec.inputs != ("w",) or "time_cond_proj_dim" not in network.config or not hasattr(pipeline, "get_guidance_scale_embedding"):
+        raise ValueError(f"a {type(pipeline).__name__} cannot tell its network {' and '.join(spec.inputs)}: of students that are told more "
+                         "than their time, those of Stable Diffusion that are told w can be exported, and class-conditional ones")
+    return type(network).from_config({**network.config, "time_cond_proj_dim": told.WIDTH})
 
 
 def _walk(driven: Driven, chosen: Plan, spec: SamplerSpec, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,21 +301,33 @@ def load_student(folder: Path, *, prompts: Sequence[str] = (), device: torch.dev
         return _load_prompted(folder, notes, prompts, device=device, autocast=autocast, dtype=dtype)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}: export the student again")
-    if sha256(folder / WEIGHTS) != notes["unet_sha256"]:
+    if digest(*sorted(folder.glob("unet*"))) != notes["unet_sha256"]:
         raise ValueError(f"{folder / WEIGHTS} is damaged or was replaced: it does not match the digest in {NOTES}; export it again")
     return load_teacher(folder, device=device, autocast=autocast, dtype=dtype), _spec(notes["sampler"], folder)
 
 
 def _load_prompted(folder: Path, notes: Mapping[str, Any], prompts: Sequence[str], **options: Any) -> tuple[Teacher, SamplerSpec]:
-    component = folder / notes["component"]
+    component, *others = (folder / name for name in notes["components"])
     if not any(component.glob("*.safetensors")):
         raise FileNotFoundError(f"{component} holds no weights: export the student again")
-    if digest(component) != notes["weights_sha256"]:
+    if digest(component, *others) != notes["weights_sha256"]:
         raise ValueError(f"the weights in {component} are damaged or were replaced: they do not match the digest in {NOTES}; export again")
-    recipe = recipes.load(folder / RECIPE)
+    recipe, spec = recipes.load(folder / RECIPE), _spec(notes["sampler"], folder)
     with _as_taught(folder, notes["teacher_scheduler"]) as taught:
-        model = load_teacher(taught, prompts=prompts, call=recipe.teacher.call, guidance=recipe.guidance, **options)
-    return replace(model, folder=folder, denoiser=model.denoiser.shared(None)), _spec(notes["sampler"], folder)
+        model = load_teacher(taught, prompts=prompts, call=recipe.teacher.call, guidance=1.0 if spec.inputs else recipe.guidance, **options)
+    denoiser = _untold(model.denoiser) if spec.inputs else model.denoiser
+    return replace(model, folder=folder, denoiser=denoiser.shared(None)), spec
+
+
+def _untold(recorded: Denoiser) -> Denoiser:
+    """A network that its pipeline tells its guidance, recorded with that in its condition, told by us instead."""
+    network: Any = recorded.network
+    weight, network.time_embedding.cond_proj = network.time_embedding.cond_proj.weight, None
+    told.add_inputs(network, ("w",))
+    network.time_embedding.cond_proj.weight = weight
+    assert isinstance(recorded.wiring, Wiring)
+    wiring = replace(recorded.wiring, arguments={**recorded.wiring.arguments, "timestep_cond": Static(None)})
+    return replace(recorded, wiring=wiring, inputs=("w",))
 
 
 @contextmanager
@@ -282,9 +361,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 of a network's weights: of its one file, or of its shards' digests in the order of their names."""
-    each = [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+def digest(*folders: Path) -> str:
+    """SHA-256 of the weights of a network, or of several: of its one file, or of all files' digests in the order of their names."""
+    each = [sha256(path) for folder in folders for path in sorted(folder.glob("*.safetensors"))]
     return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
 
 
@@ -310,9 +389,16 @@ def _code(name: str) -> bytes:
     return resources.files("stepdistill.pipelines").joinpath(f"{name}.py").read_bytes()
 
 
-def _filled(teacher: Teacher, tensors: Mapping[str, Tensor], prefix: str, run: Path) -> torch.nn.Module:
+def _filled(teacher: Teacher, tensors: Mapping[str, Tensor], prefix: str, spec: SamplerSpec, run: Path) -> torch.nn.Module:
     """The teacher's network with the weights of a checkpoint."""
     network = teacher.denoiser.network
+    if spec.inputs:
+        told.add_inputs(network, spec.inputs)
+    if len(spec.boundaries) >= MOST:
+        raise ValueError(f"the student of {run} is {len(spec.boundaries) + 1} networks, and its pipeline holds {MOST}: train one "
+                         "with fewer method.phases, or with method.experts=false")
+    if spec.boundaries:
+        network = teacher.denoiser.divided(spec.boundaries).network
     try:
         network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     except RuntimeError as error:
@@ -325,8 +411,9 @@ def _pipeline(teacher: Teacher, network: torch.nn.Module, spec: SamplerSpec) -> 
     from stepdistill.pipelines.class_conditional import ClassConditionalPipeline
 
     vae = teacher.codec.model if isinstance(teacher.codec, Vae) else None
+    first, *others = parts_of(network)
     return ClassConditionalPipeline(
-        unet=network, scheduler=scheduler_of(teacher.scheduler, spec), vae=vae,
+        unet=first, **{f"unet_{i}": other for i, other in enumerate(others, 2)}, scheduler=scheduler_of(teacher.scheduler, spec), vae=vae,
         space_to_depth=teacher.codec.to_dict().get("space_to_depth", 1), null_class=teacher.null_class, labels=list(teacher.labels),
         sampler={**spec.to_dict(), "steps": len(spec.times)})
 
@@ -355,7 +442,7 @@ def _read_notes(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no exported student at {folder}")
     if not (folder / NOTES).is_file() or "sampler" not in (notes := read_json(folder / NOTES)):
         raise FileNotFoundError(f"{folder} is not an exported student: it has no {NOTES} with a sampler")
-    own = {"component", "schedule", "teacher_scheduler", "weights_sha256"} if is_prompted(folder) else {
+    own = {"component", "components", "schedule", "teacher_scheduler", "weights_sha256"} if is_prompted(folder) else {
         "codec", "classes", "labels", "picture", "unet_sha256"}
     if missing := sorted((SHARED_NOTES | own) - set(notes)):
         raise ValueError(f"{folder / NOTES} is damaged: it lacks {', '.join(missing)}; export the student again")

@@ -11,6 +11,7 @@ import jinja2
 import yaml
 
 from stepdistill.methods import find
+from stepdistill.models.guidance import Band
 from stepdistill.models.load import read_json
 from stepdistill.recipe import Recipe
 
@@ -39,7 +40,8 @@ Unconditional.
 
 ## Use
 
-Needs torch and diffusers; `pipeline.py` in this folder is the code that `trust_remote_code` allows.
+Needs torch and diffusers; `pipeline.py`{{ " and `unet/inputs.py`" if sampler.get("inputs") }} in this folder is the code that \
+`trust_remote_code` allows.
 
 ```python
 import torch
@@ -50,6 +52,10 @@ images = pipe({{ example }}, generator=torch.Generator().manual_seed(0)).images
 images[0].save("sample.png")
 ```
 
+{% if sampler.boundaries %}
+It is {{ sampler.boundaries | length + 1 }} networks, which take turns: the next one answers from {{ sampler.boundaries | join(", ") }}
+on down.
+{% endif %}
 The pipeline runs the student as it was trained: {{ calls }} network call{{ "s" if calls > 1 }} at {{ times }} (1 is pure noise),
 {% if calls > 1 %}
 {% if sampler.renoise == 1 %}
@@ -60,7 +66,11 @@ following the ODE between them,
 re-noising with share {{ sampler.renoise }} between them,
 {% endif %}
 {% endif %}
+{% if told %}
+told guidance {{ sampler.guidance }}; `guidance_scale` takes any other that it was trained with{{ band }}, at no further cost.
+{% else %}
 guidance {{ sampler.guidance }}{{ " (none: it is built in)" if sampler.guidance == 1 }}.
+{% endif %}
 
 ## Figures
 
@@ -96,7 +106,7 @@ None: this student has not been evaluated for this card.
 ## Limits
 
 - It was trained for {{ calls }} step{{ "s" if calls > 1 }}; other numbers are refused, or run with a warning and no promise.
-{% if sampler.guidance == 1 %}
+{% if sampler.guidance == 1 and not told %}
 - The teacher's guidance {{ recipe.guidance }} is built in and cannot be turned afterwards; guiding the student again overdoes it.
 {% endif %}
 - It knows what its teacher knows: the same classes and size, and the faults and biases of the teacher and of its data.
@@ -149,6 +159,9 @@ output.images[0].save("sample.png")
 The scheduler is `{{ plan.scheduler }}`{{ " of diffusers" if plan.stock }}. Told {{ calls }} step{{ "s" if calls > 1 }},
 it calls the network at the times {{ times }} (noise levels {{ sigmas }}){{ ", re-noising between them" if fresh }},
 as in training; that was proved on this pipeline when it was exported. Another number of steps {{ plan.other_steps }}.
+{% if plan.scheduler == "TCDScheduler" and plan.renoise %}
+`eta` is the share that it re-noises: left out it is 0, which this student was not trained for.
+{% endif %}
 {% if not plan.stock %}
 No scheduler of diffusers runs these steps when told their number alone.
 {% if plan.stock_call %}
@@ -158,7 +171,12 @@ One does when told the times: to run no code of this folder, put `stock_schedule
 {% endif %}
 {% endif %}
 
+{% if told %}
+The student is told its guidance, in one network call a step. Any number that it was trained with{{ band }} will do.
+Load it in float32: in half precision the pipeline tells it with too few digits.
+{% else %}
 The guidance above is built in: other values give no promise.
+{% endif %}
 {% if notes.lora %}
 
 ## As an adapter
@@ -211,7 +229,7 @@ def pipeline_card(name: str, notes: Mapping[str, Any], recipe: Recipe) -> str:
         calls=len(sampler["times"]), fresh=len(sampler["times"]) > 1 and sampler["renoise"] > 0, times=numbers(plan["timesteps"]),
         sigmas=numbers(plan["sigmas"]), example='prompt="a photograph of a red apple"', arguments=keywords(notes["call"]),
         stock_arguments=keywords({k: v for k, v in (plan["stock_call"] or {}).items() if k != "scheduler"}),
-        front=yaml.safe_dump(_front(notes), sort_keys=False, allow_unicode=True))
+        front=yaml.safe_dump(_front(notes), sort_keys=False, allow_unicode=True), **_told(notes, recipe))
 
 
 def card(name: str, notes: Mapping[str, Any], recipe: Recipe, results: Sequence[Path] = ()) -> str:
@@ -222,7 +240,13 @@ def card(name: str, notes: Mapping[str, Any], recipe: Recipe, results: Sequence[
         name=name, path=json.dumps(f"./{name}"), notes=notes, recipe=recipe, sampler=sampler, method=method, calls=len(sampler["times"]),
         times=", ".join(f"t = {t:.4g}" for t in sampler["times"]), teacher=Path(notes["teacher"]).name,
         example=(list(notes["labels"]) or [None])[:2], front=yaml.safe_dump(_front(notes), sort_keys=False, allow_unicode=True),
-        tables=_tables(results, notes["unet_sha256"]))
+        tables=_tables(results, notes["unet_sha256"]), **_told(notes, recipe))
+
+
+def _told(notes: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Whether the student is told its guidance, and which it was trained with."""
+    told, band = "w" in notes["sampler"].get("inputs", ()), getattr(recipe.method_config, "guidance", None)
+    return {"told": told, "band": f" ({band.low:g} to {band.high:g})" if told and isinstance(band, Band) else ""}
 
 
 def _front(notes: Mapping[str, Any]) -> dict[str, Any]:

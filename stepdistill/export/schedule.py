@@ -1,11 +1,13 @@
-"""Which scheduler runs a student in its teacher's own pipeline, called with its number of steps alone.
+"""Which scheduler runs a student in its teacher's own pipeline, called with its number of steps.
 
 A stock one where that is exact, and exactness is proved on the pipeline itself: the pipeline sets the scheduler's times, and the
 scheduler's steps from known answers and known noise must end where our sampler ends. Tried in this order:
 
     DDPM table, re-noised       LCM whose `original_inference_steps` holds the grid: its k training points for equal steps, so that fewer
                                 steps take some of them and more steps fail
-    DDPM table, ODE             DDIM, trailing
+    DDPM table, partly so       TCD with the share as `eta` at the call, which falls to whole training steps; its table's first step is made
+                                clean, where TCD ends
+    DDPM table, ODE             DDIM, trailing; TCD with `eta` 0, whose points it chooses as LCM does
     flow                        Euler without dynamic shifting, stochastic where re-noised: at the student's shift, and with that `shift`
                                 and `shift_terminal` which put the pipeline's own equal sigmas onto the grid
 
@@ -21,14 +23,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
 from torch import Tensor
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.process import NoiseProcess, TableVP
 from stepdistill.diffusion.sampler import SamplerSpec, steps
-from stepdistill.diffusion.times import trailing
+from stepdistill.diffusion.times import lcm_grid, trailing
 from stepdistill.models.drive import Driven, drive, grid, parameters_of
 from stepdistill.models.load import KINDS
 from stepdistill.pipelines.few_step_scheduler import FewStepScheduler
@@ -41,14 +43,15 @@ SAME = 1e-5                                                                     
 class Plan:
     """How a student is run by a stock pipeline.
 
-    `scheduler` is exact when the pipeline is told the number of steps alone; `stock` says that it is a class of diffusers. Where it is
-    not, `other` may be one that is exact when the pipeline is called with `keywords` besides (timesteps or sigmas).
+    `scheduler` is exact when the pipeline is told the number of steps and `call` (`eta` of TCD, or nothing); `stock` says that it is a
+    class of diffusers. Where it is not, `other` may be one that is exact when the pipeline is called with `keywords` (the grid) instead.
     """
 
     scheduler: Any
     stock: bool
+    call: Mapping[str, float] = field(default_factory=dict)
     other: Any = None
-    keywords: Mapping[str, list[Any]] = field(default_factory=dict)
+    keywords: Mapping[str, Any] = field(default_factory=dict)
 
 
 def plan(driven: Driven, inputs: Mapping[str, Any], spec: SamplerSpec) -> Plan:
@@ -63,15 +66,16 @@ def plan(driven: Driven, inputs: Mapping[str, Any], spec: SamplerSpec) -> Plan:
         raise ValueError(f"a student of {type(driven.pipeline).__name__} cannot be exported as a pipeline: its scheduler keeps states in "
                          "another frame than its network's, which no few-step scheduler of this version does")
     refused: list[str] = []
-    for candidate in (*_tables(driven, spec), *_flows(driven, spec)):
-        if _walks(candidate, driven, inputs, spec, refused):
-            return Plan(candidate, True)
+    takes = parameters_of(driven.pipeline).keys()
+    for candidate, call in (*_tables(driven, spec), *((euler, {}) for euler in _flows(driven, spec))):
+        if call.keys() <= takes and _walks(candidate, driven, {**inputs, **call}, spec, refused):
+            return Plan(candidate, True, call)
     own = few_steps(driven, spec)
     if not _walks(own, driven, inputs, spec, refused):
         raise ValueError(f"{type(driven.pipeline).__name__} cannot walk the steps that this student was trained for: {refused[-1]}")
     for candidate, keywords in _told(driven, spec):
-        if keywords.keys() <= parameters_of(driven.pipeline).keys() and _walks(candidate, driven, {**inputs, **keywords}, spec, refused):
-            return Plan(own, False, candidate, keywords)
+        if keywords.keys() <= takes and _walks(candidate, driven, {**inputs, **keywords}, spec, refused):
+            return Plan(own, False, other=candidate, keywords=keywords)
     return Plan(own, False)
 
 
@@ -80,7 +84,7 @@ def other_steps(chosen: Plan) -> str:
     scheduler = chosen.scheduler
     if not chosen.stock:
         return "raises an error"
-    if not isinstance(scheduler, LCMScheduler):
+    if not isinstance(scheduler, LCMScheduler | TCDScheduler):
         alone = " (one alone raises an error)" if scheduler.config.get("shift_terminal") else ""
         return f"is taken without a word, and runs other times than those it was trained for{alone}"
     most = scheduler.config.original_inference_steps
@@ -98,7 +102,7 @@ def few_steps(driven: Driven, spec: SamplerSpec) -> FewStepScheduler:
     return FewStepScheduler(
         [int(n) for n in told] if isinstance(process, TableVP) and all(n.is_integer() for n in told) else told,
         process.alpha(t).tolist(), process.sigma(t).tolist(), kept.tolist(), kinds[driven.kind], spec.clip_x0,
-        float(process.prior_std(t[0])), driven.flip, spec.known_noise)
+        float(process.prior_std(t[0])), driven.flip, spec.known_noise, driven.scheduler.config.num_train_timesteps)
 
 
 def scheduler_of(teacher: Mapping[str, Any], spec: SamplerSpec) -> Any:
@@ -131,19 +135,25 @@ def _lcm(driven: Driven, spec: SamplerSpec, original: int) -> LCMScheduler:
     return _built(LCMScheduler, _table(driven.scheduler.config, spec) | scaling)
 
 
-def _tables(driven: Driven, spec: SamplerSpec) -> Iterator[Any]:
+def _tcd(driven: Driven, spec: SamplerSpec, original: int) -> TCDScheduler:
+    """TCD ends at training step 0: its noise goes into the second beta, so that this step is clean and all others stay."""
+    first, second, *others = driven.scheduler.betas.double().tolist()
+    betas = [0.0, 1 - (1 - first) * (1 - second), *others]
+    return _built(TCDScheduler, _table(driven.scheduler.config, spec) | {"trained_betas": betas, "rescale_betas_zero_snr": False,
+                                                                         "original_inference_steps": original})
+
+
+def _tables(driven: Driven, spec: SamplerSpec) -> Iterator[tuple[Any, dict[str, float]]]:
     if not _is_stock_table(driven):
         return
-    wanted, count = driven.times(spec.times), len(spec.times)
-    if spec.renoise == 1 or count == 1:
-        lcm, table = _lcm(driven, spec, count), driven.process.steps             # type: ignore[attr-defined]
-        for original in range(count, table + 1):
-            lcm.set_timesteps(count, original_inference_steps=original)
-            if lcm.timesteps.tolist() == wanted:
-                yield _lcm(driven, spec, original)
-                return
-    elif spec.renoise == 0:
-        yield _built(DDIMScheduler, _table(driven.scheduler.config, spec) | {"set_alpha_to_one": True})
+    wanted, count, table = driven.times(spec.times), len(spec.times), driven.process.steps         # type: ignore[attr-defined]
+    again = spec.renoise == 1 or count == 1
+    if spec.renoise == 0 and not again:
+        yield _built(DDIMScheduler, _table(driven.scheduler.config, spec) | {"set_alpha_to_one": True}), {}
+    for original in range(count, table + 1):
+        if driven.times(lcm_grid(count, original, table)) == wanted:
+            yield (_lcm(driven, spec, original), {}) if again else (_tcd(driven, spec, original), {"eta": spec.renoise})
+            return
 
 
 def _is_stock_table(driven: Driven) -> bool:
@@ -190,13 +200,14 @@ def _euler(driven: Driven, spec: SamplerSpec, shift: float, terminal: float | No
                                                     "stochastic_sampling": spec.renoise == 1 and len(spec.times) > 1})
 
 
-def _told(driven: Driven, spec: SamplerSpec) -> Iterator[tuple[Any, dict[str, list[Any]]]]:
+def _told(driven: Driven, spec: SamplerSpec) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Stock schedulers that are given the grid at the call."""
     told = driven.times(spec.times)
     if spec.times[0] < 1:                                                        # no stock scheduler starts below pure noise
         return
-    if _is_stock_table(driven) and spec.renoise == 1 and all(n.is_integer() for n in told):
-        yield _lcm(driven, spec, driven.process.steps), {"timesteps": [int(n) for n in told]}          # type: ignore[attr-defined]
+    if _is_stock_table(driven) and all(n.is_integer() for n in told):
+        again, grid = spec.renoise == 1, {"timesteps": [int(n) for n in told]}
+        yield (_lcm if again else _tcd)(driven, spec, driven.process.steps), grid if again else {**grid, "eta": spec.renoise}  # type: ignore[attr-defined]
     if isinstance(driven.scheduler, FlowMatchEulerDiscreteScheduler) and spec.renoise in (0, 1):
         sigmas = driven.process.sigma(torch.tensor(spec.times, dtype=torch.float64)).tolist()
         yield _euler(driven, spec, 1.0, None), {"sigmas": [round(sigma, 8) for sigma in sigmas]}
@@ -217,7 +228,7 @@ class _Answers:
     kind: str
     said: Iterator[Tensor]
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Any, *, w: float | None = None) -> Prediction:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any, *, s: Tensor | None = None, w: float | None = None) -> Prediction:
         return Prediction(next(self.said), self.kind, x_t, self.process.alpha(t), self.process.sigma(t))
 
 
@@ -238,7 +249,7 @@ def _walks(scheduler: Any, driven: Driven, inputs: Mapping[str, Any], spec: Samp
     walker.timesteps = times
     if sigmas is not None:
         walker.sigmas = sigmas
-    theirs, ours = _end_of(walker, driven, spec), _our_end(driven, spec)
+    theirs, ours = _end_of(walker, driven, inputs, spec), _our_end(driven, spec)
     if not bool((theirs - ours).norm() <= SAME * ours.norm()):
         refused.append(f"{type(scheduler).__name__} steps elsewhere")
         return False
@@ -250,24 +261,29 @@ def _walks(scheduler: Any, driven: Driven, inputs: Mapping[str, Any], spec: Samp
     return True
 
 
-def _numbers(count: int, seed: int) -> list[Tensor]:
+def _numbers(spec: SamplerSpec, seed: int, scale: float = 1.0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, 4, 4, 4, generator=generator) for _ in range(count)]
+    return [scale * torch.randn(2, 4, 4, 4, generator=generator) for _ in (None, *spec.times)]
+
+
+def _known(spec: SamplerSpec) -> list[Tensor]:
+    """The first state and the answers: beyond the bound on x0, so that a scheduler without one shows."""
+    return _numbers(spec, 0, 3 * spec.clip_x0 if spec.clip_x0 else 1.0)
 
 
 def _our_end(driven: Driven, spec: SamplerSpec) -> Tensor:
-    (x, *said), noise = _numbers(1 + len(spec.times), 0), _numbers(len(spec.times), 1)
+    (x, *said), noise = _known(spec), _numbers(spec, 1)
     net = _Answers(driven.process, driven.kind, iter(said))
     *_, last = steps(net, x, spec, None, Draws(0, range(2)), noise=lambda i: noise[i])
     return last.x0
 
 
-def _end_of(scheduler: Any, driven: Driven, spec: SamplerSpec) -> Tensor:
-    x, *said = _numbers(1 + len(spec.times), 0)
-    generator = torch.Generator().manual_seed(1)
-    noise = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+def _end_of(scheduler: Any, driven: Driven, inputs: Mapping[str, Any], spec: SamplerSpec) -> Tensor:
+    x, *said = _known(spec)
+    given = {"generator": torch.Generator().manual_seed(1), "eta": inputs.get("eta", 0.0)}
+    options = {k: v for k, v in given.items() if k in inspect.signature(scheduler.step).parameters}
     for t, y in zip(scheduler.timesteps, said, strict=True):
-        x = scheduler.step(driven.flip * y, t, x, return_dict=False, **noise)[0]
+        x = scheduler.step(driven.flip * y, t, x, return_dict=False, **options)[0]
     return x
 
 

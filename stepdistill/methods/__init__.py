@@ -7,19 +7,26 @@ import difflib
 import importlib
 from typing import Any
 
+from stepdistill.methods.add import ADD
 from stepdistill.methods.base import Method
 from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.ctm import CTM
 from stepdistill.methods.decoupled_dmd import DecoupledDMD
+from stepdistill.methods.dmd import DMD
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.dp_dmd import DPDMD
 from stepdistill.methods.ect import ECT
+from stepdistill.methods.guided import Guided
 from stepdistill.methods.imagine_flash import ImagineFlash
+from stepdistill.methods.ladd import LADD
 from stepdistill.methods.lcm import LCM
 from stepdistill.methods.pcm import PCM
 from stepdistill.methods.pgsb import PGSB
 from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.methods.polish import Polish
 from stepdistill.methods.progressive import Progressive
+from stepdistill.methods.rcm import RCM
+from stepdistill.methods.scm import SCM
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.swiftbrush import SwiftBrush
 from stepdistill.methods.tcd import TCD
@@ -27,18 +34,25 @@ from stepdistill.methods.tdd import TDD
 from stepdistill.methods.tdm import TDM
 
 METHODS: dict[str, type[Method[Any]]] = {
+    "add": ADD,
     "consistency": Consistency,
+    "ctm": CTM,
     "decoupled_dmd": DecoupledDMD,
+    "dmd": DMD,
     "dmd2": DMD2,
     "dp_dmd": DPDMD,
     "ect": ECT,
+    "guided": Guided,
     "imagine_flash": ImagineFlash,
+    "ladd": LADD,
     "lcm": LCM,
     "pcm": PCM,
     "pgsb": PGSB,
     "phased_dmd": PhasedDMD,
     "polish": Polish,
     "progressive": Progressive,
+    "rcm": RCM,
+    "scm": SCM,
     "sid": SiD,
     "swiftbrush": SwiftBrush,
     "tcd": TCD,

@@ -6,7 +6,7 @@ The loop knows this contract and no method by name; a method knows its losses an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -29,22 +29,38 @@ class Images:
     """A stream of clean states x0 with their conditions."""
 
 
-Stream = Conditions | Images
+@dataclass(frozen=True)
+class Pairs:
+    """A stream of stored noises z with the clean states x0 that the teacher's ODE makes of them, and their conditions."""
+
+
+Stream = Conditions | Images | Pairs
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One stream's part of a batch. x0 is (B, ...) in the network's space, None for a stream of conditions."""
+    """One stream's part of a batch. x0 is (B, ...) in the network's space, None for a stream of conditions.
+
+    z is standard normal noise of x0's shape, None but for a stream of pairs; `sampler.start` scales it for whoever is called with it.
+    """
 
     cond: Conditioning
     x0: Tensor | None = None
+    z: Tensor | None = None
 
     @property
     def clean(self) -> Tensor:
-        """x0, of a stream declared as Images."""
+        """x0, of a stream declared as Images or Pairs."""
         if self.x0 is None:
             raise ValueError("this stream carries conditions only; declare it as Images() to read x0")
         return self.x0
+
+    @property
+    def noise(self) -> Tensor:
+        """z, of a stream declared as Pairs."""
+        if self.z is None:
+            raise ValueError("this stream carries no noise; declare it as Pairs() to read z")
+        return self.z
 
 
 @dataclass
@@ -70,11 +86,15 @@ class Batch(Mapping[str, Sample]):
 
 @dataclass(frozen=True)
 class Update:
-    """One optimiser step: calls `<loss>_loss`, moves the roles in `trains`. `reuse` takes the batch of the update before it."""
+    """One optimiser step: calls `<loss>_loss`, moves the roles in `trains`. `reuse` takes the batch of the update before it.
+
+    Of roles that are several experts only `expert` moves; None moves all that the loss reaches.
+    """
 
     loss: str
     trains: tuple[str, ...]
     reuse: bool = False
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,13 +117,24 @@ class Loss:
 ONE_STEP = SamplerSpec((1.0,))
 
 
+def as_they_are(x0: Tensor) -> Tensor:
+    """The pictures of a teacher whose states are pictures."""
+    return x0
+
+
 @dataclass(frozen=True)
 class Setup:
-    """What a method is told of the run: the teacher's process, one state's shape (C, H, W), and the sampler that the recipe asks for."""
+    """What a method is told of the run: the teacher's process, one state's shape (C, H, W), and the sampler that the recipe asks for.
+
+    `decode` makes pictures (B, C, H, W) in [-1, 1] of states and lets gradients through; None where the teacher has no such decoder.
+    `guidance` is the teacher's.
+    """
 
     process: NoiseProcess
     shape: tuple[int, ...]
     sampler: SamplerSpec = ONE_STEP
+    decode: Callable[[Tensor], Tensor] | None = as_they_are
+    guidance: float = 1.0
 
 
 C = TypeVar("C")
@@ -117,9 +148,18 @@ class Method(ABC, Generic[C]):
     family: ClassVar[str]
     Config: ClassVar[type]
     finishes: ClassVar[bool] = False                                     # begins at a student that has been trained, not at the teacher
+    one_step: ClassVar[bool] = False                                     # trains a student of one call, and refuses more
+    on_trajectories: ClassVar[bool] = False                              # the student's first call learns what holds on trajectories alone
 
     def __init__(self, cfg: C, setup: Setup):
+        """ValueError for a first time below 1 where pure noise must be a state of a trajectory: below 1 those hold some of x0.
+
+        With Stable Diffusion's table and data of N(1.3, 0.6²), the end of the ODE from the noise of t = 0.4 is N(0.70, 0.53²).
+        """
         self.cfg, self.setup, self.process = cfg, setup, setup.process
+        if self.on_trajectories and (first := setup.sampler.times[0]) < 1:
+            raise ValueError(f"student.times must begin at 1 for {type(self).__name__}, which learns along trajectories, where at "
+                             f"{first:g} no state is noise alone")
 
     @classmethod
     @abstractmethod

@@ -48,7 +48,7 @@ class ConsistencyConfig:
 
 class Consistency(Method[ConsistencyConfig]):
     title, arxiv, family = "Consistency distillation", "2303.01469", "consistency"
-    Config = ConsistencyConfig
+    Config, on_trajectories = ConsistencyConfig, True
 
     def __init__(self, cfg: ConsistencyConfig, setup: Setup):
         super().__init__(cfg, setup)

@@ -27,7 +27,7 @@ from stepdistill.diffusion.sampler import SamplerSpec, Step, one_call
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.matching import dmd_scale, matching_loss
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import alternating, critic_loss
+from stepdistill.methods.critic import alternating, check_critic, critic_loss, handed_on
 from stepdistill.models.roles import Role, Roles
 
 
@@ -41,8 +41,7 @@ class DecoupledDMDConfig:
     fake_times: Uniform = Uniform(0.001, 1.0)       # s of the fake score's update
 
     def __post_init__(self) -> None:
-        if self.fake_updates < 1:
-            raise ValueError(f"method.fake_updates must be at least 1, got {self.fake_updates}")
+        check_critic(self.fake_updates)
 
 
 class DecoupledDMD(Method[DecoupledDMDConfig]):
@@ -87,5 +86,5 @@ class DecoupledDMD(Method[DecoupledDMDConfig]):
         return self.cfg.ca_times.below(t)
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
-        x0 = batch.scratch["x0"] if "x0" in batch.scratch else self.rollout(m, batch, draws, grad=False).x0
+        x0 = handed_on(batch, lambda: self.rollout(m, batch, draws, grad=False).x0)
         return critic_loss(m, self.process, x0, batch["main"].cond, self.cfg.fake_times, draws)

@@ -9,7 +9,8 @@ One step is n = 1 of 1. Without the GAN term nothing but conditions is read.
 
 Differs from the authors' code: s is continuous; the student's GAN term is read at the x_s of its matching term, so one pass of the
 fake score serves both; the critic sees [x_s of the student; real x_r] in one pass that denoises the first half and judges both;
-conversions are float32 rather than float64. `sds_share` is an addition of ours, off by default.
+conversions are float32 rather than float64. `sds_share` is an addition of ours, off by default; approximate R1 (APT, 2501.08316), off too,
+moves clean pictures and then noises both alike.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from stepdistill.diffusion.times import Uniform, shift
 from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.matching import matching_loss
 from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Stream, Update
-from stepdistill.methods.critic import Judge, alternating, critic_loss
+from stepdistill.methods.critic import Judge, alternating, check_critic, check_r1, critic_loss, handed_on
 from stepdistill.models.roles import Role, Roles
 
 
@@ -39,16 +40,16 @@ class DMD2Config:
     gan_weight: float = 1e-3                        # of the student's GAN term; 0 builds no discriminator and reads no pictures
     disc_weight: float = 1e-2                       # of the discriminator's loss beside the fake score's
     features: Judge = "fake"                        # whose features the discriminator reads; "fake" also trains its encoder
+    r1_weight: float = 0.0                          # of approximate R1 beside the discriminator's loss; 0 adds no pass
+    r1_sigma: float = 0.05                          # how far it moves the pictures
     sds_share: float = 0.0                          # ours: of x0 itself in the fake score's place, where s < sds_below; see `away_from`
     sds_below: float = 0.1
     times: Uniform = Uniform(0.02, 0.98)            # s of the student's update
     fake_times: Uniform = Uniform(0.001, 1.0)       # s of the critic's update: must hold the range above
 
     def __post_init__(self) -> None:
-        if self.fake_updates < 1:
-            raise ValueError(f"method.fake_updates must be at least 1, got {self.fake_updates}")
-        if self.gan_weight < 0 or self.disc_weight < 0:
-            raise ValueError("method.gan_weight and method.disc_weight cannot be negative")
+        check_critic(self.fake_updates, gan_weight=self.gan_weight, disc_weight=self.disc_weight)
+        check_r1(self.r1_weight, self.r1_sigma)
         if not (0 <= self.sds_share <= 1 and 0 <= self.sds_below <= 1):
             raise ValueError("method.sds_share and method.sds_below must lie in [0, 1]")
         (low, high), (fake_low, fake_high) = (
@@ -110,6 +111,6 @@ class DMD2(Method[DMD2Config]):
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cfg = self.cfg
-        x0 = batch.scratch["x0"] if "x0" in batch.scratch else self.rollout(m, batch, draws, grad=False)
+        x0 = handed_on(batch, lambda: self.rollout(m, batch, draws, grad=False))
         return critic_loss(m, self.process, x0, batch["main"].cond, cfg.fake_times, draws, real=batch["real"] if cfg.gan_weight else None,
-                           features=cfg.features, disc_weight=cfg.disc_weight)
+                           features=cfg.features, disc_weight=cfg.disc_weight, r1_weight=cfg.r1_weight, r1_sigma=cfg.r1_sigma)

@@ -34,7 +34,7 @@ from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.denoising import denoising_loss
 from stepdistill.losses.matching import dmd_scale, matching_loss
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import alternating, critic_loss
+from stepdistill.methods.critic import alternating, check_critic, critic_loss, handed_on
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
 
@@ -51,8 +51,7 @@ class DPDMDConfig:
     fake_times: Uniform = Uniform(0.001, 1.0)       # s of the fake score's update
 
     def __post_init__(self) -> None:
-        if self.fake_updates < 1:
-            raise ValueError(f"method.fake_updates must be at least 1, got {self.fake_updates}")
+        check_critic(self.fake_updates)
         if self.weight < 0:
             raise ValueError(f"method.weight cannot be negative, got {self.weight}")
         if not 0 < self.anchor_steps <= self.teacher_steps:
@@ -61,7 +60,7 @@ class DPDMDConfig:
 
 class DPDMD(Method[DPDMDConfig]):
     title, arxiv, family = "DP-DMD", "2602.03139", "distribution matching"
-    Config = DPDMDConfig
+    Config, on_trajectories = DPDMDConfig, True
 
     @classmethod
     def needs(cls, cfg: DPDMDConfig) -> Mapping[str, Role]:
@@ -102,5 +101,5 @@ class DPDMD(Method[DPDMDConfig]):
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cond = batch["main"].cond
-        x0 = batch.scratch["x0"] if "x0" in batch.scratch else self.rollout(m, cond, draws, grad=False)[1]
+        x0 = handed_on(batch, lambda: self.rollout(m, cond, draws, grad=False)[1])
         return critic_loss(m, self.process, x0, cond, self.cfg.fake_times, draws)

@@ -66,7 +66,7 @@ def ict_pair(u: Tensor, stage: int, times: LogNormal, end: float = 80.0) -> tupl
 
 class ECT(Method[ECTConfig]):
     title, arxiv, family = "Consistency Models Made Easy", "2406.14548", "consistency"
-    Config = ECTConfig
+    Config, on_trajectories = ECTConfig, True
 
     def __init__(self, cfg: ECTConfig, setup: Setup):
         super().__init__(cfg, setup)

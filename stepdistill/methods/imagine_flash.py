@@ -53,7 +53,7 @@ class ImagineFlashConfig:
 
 class ImagineFlash(Method[ImagineFlashConfig]):
     title, arxiv, family = "Imagine Flash", "2405.05224", "backward distillation"
-    Config = ImagineFlashConfig
+    Config, on_trajectories = ImagineFlashConfig, True
 
     @classmethod
     def needs(cls, cfg: ImagineFlashConfig) -> Mapping[str, Role]:

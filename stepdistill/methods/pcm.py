@@ -15,13 +15,14 @@ For a student that keeps the teacher's guidance at inference ("normal CFG") trai
 Differs from the paper and its code: the discriminator moves after the student on the same p and q, in every step, rather than in every
 other one on a batch of its own; it reads p_g and q_g under the condition even where that was dropped; one head (or one for each of
 `student.taps`) of this library; conditions are dropped by whole batches; noise is added in quadrature where the code for SD3 adds it
-linearly; the lowest interval ends clean, not at training index 0.
+linearly; the lowest interval ends clean, not at training index 0. Approximate R1 (APT, 2501.08316), off by default, moves q.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -30,11 +31,12 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import neighbours
-from stepdistill.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from stepdistill.losses.adversarial import approximate_r1, hinge_discriminator_loss, hinge_generator_loss
 from stepdistill.losses.distance import l2, pseudo_huber
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stream, Update
-from stepdistill.methods.critic import dropped
+from stepdistill.methods.critic import check_r1, dropped, nearby
 from stepdistill.methods.pair import pair
+from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.guidance import Band
 from stepdistill.models.roles import Role, Roles
 
@@ -47,6 +49,8 @@ class PCMConfig:
     guidance: Band | None = None                    # of the teacher; SD1.5 took 5 to 6, SDXL 7 to 8; none is the recipe's number
     dropout: float = 0.0                            # of conditions, by whole batches: 0.1 for students that keep guidance
     gan_weight: float = 0.0                         # of the student's adversarial term; 0 builds no discriminator
+    r1_weight: float = 0.0                          # of approximate R1 beside the discriminator's loss; 0 adds no pass
+    r1_sigma: float = 0.05                          # how far it moves q
     huber: float = 1e-3                             # c of pseudo-Huber; 0 is plain l2
 
     def __post_init__(self) -> None:
@@ -54,17 +58,18 @@ class PCMConfig:
             raise ValueError(f"method.points must be at least 1 and method.dropout in [0, 1), got {self.points} and {self.dropout}")
         if self.gan_weight < 0 or self.huber < 0:
             raise ValueError("method.gan_weight and method.huber cannot be negative")
+        check_r1(self.r1_weight, self.r1_sigma)
 
 
 class PCM(Method[PCMConfig]):
     title, arxiv, family = "Phased Consistency Models", "2405.18407", "consistency"
-    Config = PCMConfig
+    Config, on_trajectories = PCMConfig, True
 
     def __init__(self, cfg: PCMConfig, setup: Setup):
         super().__init__(cfg, setup)
         places = [t * cfg.points for t in setup.sampler.times]
-        if round(places[0]) != cfg.points or any(abs(n - round(n)) > 1e-6 for n in places):
-            raise ValueError(f"the phases of pcm are the student's steps: student.times must begin at 1 and be multiples of 1/{cfg.points} "
+        if any(abs(n - round(n)) > 1e-6 for n in places):
+            raise ValueError(f"the phases of pcm are the student's steps: student.times must be multiples of 1/{cfg.points} "
                              f"(method.points), got {setup.sampler.times}")
         self.edges = torch.tensor([0.0, *(round(n) / cfg.points for n in reversed(places))], dtype=torch.float64)
 
@@ -108,11 +113,15 @@ class PCM(Method[PCMConfig]):
         return Loss(distance + cfg.gan_weight * fool, {**log, "fool": fool})
 
     def disc_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
+        cfg = self.cfg
         p, q, s, upper = (batch.scratch[name] for name in ("p", "q", "s", "upper"))
         g, cond = s + (upper - s) * draws.each("g").uniform(), batch["real"].cond
-        p_g, q_g = (self.process.travel(x, draws.each(name).normal_like(x), s, g) for name, x in (("p", p), ("q", q)))
+        blocks = [("p", p), ("q", q), *([("q", nearby(q, cfg.r1_sigma, draws))] if cfg.r1_weight else [])]
+        x_g = [self.process.travel(x, draws.each(name).normal_like(x), s, g) for name, x in blocks]
         with torch.no_grad():
-            features = m.teacher.plain(torch.cat([p_g, q_g]), torch.cat([g, g]), cond.cat(cond), tap=True).features
-        on_p, on_q = m.disc(features).chunk(2)
+            conds = reduce(Conditioning.cat, (cond for _ in x_g[1:]), cond)
+            features = m.teacher.plain(torch.cat(x_g), torch.cat([g for _ in x_g]), conds, tap=True).features
+        on_p, on_q, *on_near = m.disc(features).split(len(p))
         right = ((on_q > 0).float().mean() + (on_p < 0).float().mean()) / 2
-        return Loss(hinge_discriminator_loss(on_q, on_p), {"disc_accuracy": right})
+        r1 = cfg.r1_weight * approximate_r1(on_q, on_near[0]) if on_near else 0.0
+        return Loss(hinge_discriminator_loss(on_q, on_p) + r1, {"disc_accuracy": right})

@@ -25,7 +25,7 @@ from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.denoising import scaled_eps_loss
 from stepdistill.losses.matching import matching_loss
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import alternating, critic_loss, dropped
+from stepdistill.methods.critic import alternating, check_critic, critic_loss, dropped, handed_on
 from stepdistill.models.roles import Role, Roles
 
 
@@ -44,10 +44,7 @@ class PGSBConfig:
         if not 0 <= self.guidance_low < self.guidance_high:
             raise ValueError(f"method.guidance_low must lie in [0, method.guidance_high), got {self.guidance_low} and "
                              f"{self.guidance_high}; swiftbrush is this method at one guidance")
-        if self.fake_updates < 1:
-            raise ValueError(f"method.fake_updates must be at least 1, got {self.fake_updates}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"method.dropout must lie in [0, 1), got {self.dropout}")
+        check_critic(self.fake_updates, dropout=self.dropout)
 
 
 class PGSB(Method[PGSBConfig]):
@@ -77,7 +74,6 @@ class PGSB(Method[PGSBConfig]):
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cond = batch["main"].cond
-        x0 = batch.scratch["x0"] if "x0" in batch.scratch else one_call(
-            m.student, self.sampler(), cond, draws, self.setup.shape, grad=False).x0
+        x0 = handed_on(batch, lambda: one_call(m.student, self.sampler(), cond, draws, self.setup.shape, grad=False).x0)
         return critic_loss(m, self.process, x0, dropped(cond, self.cfg.dropout, draws), self.cfg.fake_times, draws,
                            distance=scaled_eps_loss)

@@ -1,8 +1,9 @@
 """Phased DMD: distribution matching at the end of each phase of noise. 2025. https://arxiv.org/abs/2510.27684
 
-    phase i of P      calls lo..hi-1 of the student's ODE trajectory, ending at s = the time of call hi (0 after the last)
-    every step        one phase, in turn:   fake_i  <- denoise the states x_s of a whole rollout, by the target of the sub-interval from s
-    every P·k-th      of each phase:        student <- A·(fake_i(x_t) - teacher(x_t)) / mean|x0 - teacher(x_t)|
+    phase i of P      expert i of the student makes calls lo..hi-1 of its ODE trajectory, ending at s = the time of call hi (0 after the
+                      last); one phase after the other, expert and fake score of each beginning as the teacher, earlier experts frozen
+    every step        fake     <- denoise the states x_s of a whole rollout, by the target of the sub-interval from s
+    every k-th        expert i <- A·(fake(x_t) - teacher(x_t)) / mean|x0 - teacher(x_t)|
     where             x_s = the ODE step to s from call n of the phase, n drawn once for all samples, x0 that call's own
                       x_t = A·x_s + B·eps for t between s and 1: A = alpha_t/alpha_s, B² = sigma_t² - (A·sigma_s)²
 
@@ -10,9 +11,10 @@ A phase matches the law of its states and jumps no further, so early ones cannot
 where s > 0: the fake score learns from losses.denoising.subinterval_target, weighted by 1/(1 + q²), q the noise in that target; at s = 0 it
 is plain denoising. The student follows the ODE, so it is sampled with renoise 0 whatever the recipe says. Nothing but conditions is read.
 
-Differs from the paper, first of all in its experts: here one student serves all phases, which take turns, so that it forgets none; there
-each phase trains a student of its own, after the one before, and the weights of all make a mixture of experts over noise. The fake score of
-each phase stays, `fake_1` to `fake_P`, where there one is reset to the teacher at each phase. t is uniform on the inner 96 % of its range.
+`experts: false` trains one student for all phases, at the memory and the size of one: phases take turns, so that it forgets none, and each
+keeps a fake score of its own, `fake_1` to `fake_P`.
+
+Differs from the paper: experts are full copies, where there they are adapters on the teacher. t is uniform on the inner 96 % of its range.
 The weight is ours, they clamp. The normaliser stands in the place of alpha_t/sigma_t² of the KL gradient.
 """
 
@@ -20,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +34,7 @@ from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.denoising import denoising_loss, subinterval_target
 from stepdistill.losses.matching import dmd_scale, matching_loss
-from stepdistill.methods.base import Batch, Loss, Method, Setup, Update
+from stepdistill.methods.base import Batch, Loss, Method, Setup, Stage, Update
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
 
@@ -40,6 +44,7 @@ class PhasedDMDConfig:
     """Defaults are the paper's: four steps in two phases."""
 
     phases: int = 2                                 # P; the student needs at least as many steps
+    experts: bool = True                            # a network for each phase; false: one for all of them
     fake_updates: int = 5                           # k: fake-score updates of a phase per student update of that phase
     times: Uniform = Uniform(0.02, 0.98)            # t of the student's update, as a share of the range from s to 1
     fake_times: Uniform = Uniform(0.02, 1.0)        # t of the fake score's update, likewise
@@ -59,14 +64,39 @@ class PhasedDMD(Method[PhasedDMDConfig]):
         super().__init__(cfg, setup)
         if len(setup.sampler.times) < cfg.phases:
             raise ValueError(f"{cfg.phases} phases need a student of as many steps: raise student.steps or lower method.phases")
+        self.entered = 0                            # the phase that runs, where each has a stage of its own
 
     @classmethod
     def needs(cls, cfg: PhasedDMDConfig) -> Mapping[str, Role]:
-        return {"teacher": Role(), "student": Role(trains=True), **{f"fake_{i + 1}": Role(trains=True) for i in range(cfg.phases)}}
+        fakes = ["fake"] if cfg.experts else [f"fake_{i + 1}" for i in range(cfg.phases)]
+        student = Role(trains=True, experts=cfg.phases if cfg.experts else 1)
+        return {"teacher": Role(), "student": student, **{name: Role(trains=True) for name in fakes}}
+
+    def stages(self, steps: int) -> Sequence[Stage]:
+        if not self.cfg.experts:
+            return super().stages(steps)
+        ends = [steps * i // self.cfg.phases for i in range(self.cfg.phases + 1)]
+        return [Stage(f"phase {i + 1}", b - a, ("student", "fake")) for i, (a, b) in enumerate(pairwise(ends))]
+
+    def enter(self, stage: Stage, m: Roles) -> None:
+        if self.cfg.experts:
+            self.entered = int(stage.name.split()[1]) - 1
+            if self.entered:
+                m.restart("fake")
+
+    def state(self) -> dict[str, Any]:
+        return {"phase": self.entered}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.entered = int(state["phase"])
 
     def phase(self, step: int) -> int:
-        """Whose turn it is, from 0."""
-        return step % self.cfg.phases
+        """The phase of a step, from 0."""
+        return self.entered if self.cfg.experts else step % self.cfg.phases
+
+    def fake(self, phase: int) -> str:
+        """The role that is its fake score."""
+        return "fake" if self.cfg.experts else f"fake_{phase + 1}"
 
     def calls(self, phase: int) -> tuple[int, int, float]:
         """(lo, hi, s): the phase's calls lo..hi-1 and the time of the states that it ends with."""
@@ -75,11 +105,14 @@ class PhasedDMD(Method[PhasedDMDConfig]):
         return lo, hi, times[hi]
 
     def plan(self, step: int) -> Sequence[Update]:
-        critic = Update("critic", (f"fake_{self.phase(step) + 1}",))
-        return (critic,) if step // self.cfg.phases % self.cfg.fake_updates else (Update("student", ("student",)), critic)
+        phase, turn = self.phase(step), step if self.cfg.experts else step // self.cfg.phases
+        critic = Update("critic", (self.fake(phase),))
+        student = Update("student", ("student",), expert=phase if self.cfg.experts else None)
+        return (critic,) if turn % self.cfg.fake_updates else (student, critic)
 
     def sampler(self) -> SamplerSpec:
-        return replace(self.setup.sampler, renoise=0.0)
+        ends = [self.calls(phase)[2] for phase in range(self.cfg.phases - 1)] if self.cfg.experts else []
+        return replace(self.setup.sampler, renoise=0.0, boundaries=tuple(ends))
 
     def call(self, m: Roles, cond: Conditioning, draws: Draws, index: int, grad: bool) -> Step:
         """Call `index` of the trajectory, which alone keeps its gradient, if any does."""
@@ -101,7 +134,7 @@ class PhasedDMD(Method[PhasedDMDConfig]):
         x_s = jump(step.pred, self.process, torch.tensor(end, dtype=torch.float64, device=step.t.device)) if end else step.x0
         s, t, _, x_t = self.noised(x_s, end, self.cfg.times, draws)
         with torch.no_grad():
-            real, fake = m.teacher(x_t, t, cond).x0, getattr(m, f"fake_{phase + 1}")(x_t, t, cond).x0
+            real, fake = m.teacher(x_t, t, cond).x0, getattr(m, self.fake(phase))(x_t, t, cond).x0
             kept = self.process.alpha(t) / self.process.alpha(s)
             scale = kept * dmd_scale(step.x0, real)
         pull = matching_loss(x_s, toward=real, away_from=fake, scale=scale)
@@ -116,5 +149,5 @@ class PhasedDMD(Method[PhasedDMDConfig]):
         s, t, eps, x_t = self.noised(x_s, end, self.cfg.fake_times, draws)
         x0, eps, q = subinterval_target(self.process, x_s, eps, s, t)
         weight = (1 / (1 + q.square())).to(x0)
-        denoise = (weight * denoising_loss(getattr(m, f"fake_{phase + 1}")(x_t, t, cond), x0, eps)).mean()
+        denoise = (weight * denoising_loss(getattr(m, self.fake(phase))(x_t, t, cond), x0, eps)).mean()
         return Loss(denoise, {f"denoise_{phase + 1}": denoise})

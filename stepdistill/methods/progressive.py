@@ -9,7 +9,7 @@
 
 Stages run from `start` steps of the teacher down to the student's own, whose times they divide into equal parts. The student follows the
 ODE, so it is sampled with renoise 0 whatever the recipe says. Guidance is distilled in the first stage: later ones ask a student that has
-learnt it.
+learnt it. With a band of `guidance` each sample's w is drawn, and told to student and previous: stage two of Meng et al. (2210.03142).
 
 Differs from the paper: the teacher stays and a third network is what changes, so that the first one is never spoilt, adapters work on one
 base, and checkpoints hold everything a later stage needs; guidance as above, where the paper has none; times are those of the process
@@ -33,6 +33,7 @@ from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.weighting import truncated_snr
 from stepdistill.losses.distance import l2
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stage, Stream
+from stepdistill.models.guidance import Band
 from stepdistill.models.roles import Role, Roles
 
 
@@ -41,6 +42,7 @@ class ProgressiveConfig:
     """The paper starts at 1024 or 8192 steps; 64 or 128 are usual for latents."""
 
     start: int = 64                                 # steps of the teacher: those of the student times a power of two
+    guidance: Band | None = None                    # of the teacher, told to the student; none is the recipe's number, learnt for good
 
     def __post_init__(self) -> None:
         if self.start < 2:
@@ -49,7 +51,7 @@ class ProgressiveConfig:
 
 class Progressive(Method[ProgressiveConfig]):
     title, arxiv, family = "Progressive Distillation", "2202.00512", "progressive"
-    Config = ProgressiveConfig
+    Config, on_trajectories = ProgressiveConfig, True
 
     def __init__(self, cfg: ProgressiveConfig, setup: Setup):
         super().__init__(cfg, setup)
@@ -61,7 +63,8 @@ class Progressive(Method[ProgressiveConfig]):
 
     @classmethod
     def needs(cls, cfg: ProgressiveConfig) -> Mapping[str, Role]:
-        return {"teacher": Role(), "student": Role(trains=True), "previous": Role()}
+        inputs = ("w",) if cfg.guidance else ()
+        return {"teacher": Role(), "student": Role(trains=True, inputs=inputs), "previous": Role(inputs=inputs)}
 
     @classmethod
     def data(cls, cfg: ProgressiveConfig) -> Mapping[str, Stream]:
@@ -85,7 +88,8 @@ class Progressive(Method[ProgressiveConfig]):
         self.steps = int(state["steps"])
 
     def sampler(self) -> SamplerSpec:
-        return replace(self.setup.sampler, renoise=0.0)
+        spec, band = replace(self.setup.sampler, renoise=0.0), self.cfg.guidance
+        return replace(spec, inputs=("w",), guidance=band.holding(self.setup.guidance)) if band else spec
 
     def grid(self, steps: int) -> Tensor:
         """(steps + 1,) times from the sampler's first down to 0: its own steps in equal parts, float64."""
@@ -100,11 +104,12 @@ class Progressive(Method[ProgressiveConfig]):
         t, h, s = grid[i], grid[i + 1], grid[i + 2]
         x_t = process.add_noise(x0, draws.each("eps").normal_like(x0), t)
         guide = m.teacher if self.steps == self.counts[0] else m.previous
+        told = {"w": self.cfg.guidance.sample(draws.each("w"))} if self.cfg.guidance else {}
         with torch.no_grad():
-            y = jump(guide(jump(guide(x_t, t, cond), process, h), h, cond), process, s)
+            y = jump(guide(jump(guide(x_t, t, cond, **told), process, h), h, cond, **told), process, s)
             kept = process.sigma(s) / process.sigma(t)                                  # of x_t in a jump to s
             target = (y - like(kept, y) * x_t) / like(process.alpha(s) - kept * process.alpha(t), y)
-        f = m.student(x_t, t, cond).x0
+        f = m.student(x_t, t, cond, **told).x0
         error = l2(f, target)
         weight = truncated_snr(process.log_snr(t)).to(error)
         return Loss((weight * error).mean(), {"error": error.mean(), "x0_std": f.detach().std()})

@@ -31,7 +31,7 @@ from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.matching import sid_loss
 from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Stream, Update
-from stepdistill.methods.critic import critic_loss, dropped
+from stepdistill.methods.critic import check_critic, check_r1, critic_loss, dropped
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
 
@@ -46,17 +46,15 @@ class SiDConfig:
     dropout: float = 0.1                            # of conditions in the fake score's updates, by whole batches, where it is guided
     gan_weight: float = 0.0                         # of the student's GAN term; 0 builds no discriminator and reads no pictures
     disc_weight: float = 1e-2
+    r1_weight: float = 0.0                          # of approximate R1 beside the discriminator's loss; 0 adds no pass
+    r1_sigma: float = 0.05                          # how far it moves the pictures
     split: bool = False                             # differentiate through one score network at a time: less memory, one more teacher pass
     times: Uniform = Uniform(0.02, 0.98)            # s of the student's update
     fake_times: Uniform = Uniform(0.001, 1.0)       # s of the critic's update
 
     def __post_init__(self) -> None:
-        if self.fake_updates < 1:
-            raise ValueError(f"method.fake_updates must be at least 1, got {self.fake_updates}")
-        if self.gan_weight < 0 or self.disc_weight < 0:
-            raise ValueError("method.gan_weight and method.disc_weight cannot be negative")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"method.dropout must lie in [0, 1), got {self.dropout}")
+        check_critic(self.fake_updates, dropout=self.dropout, gan_weight=self.gan_weight, disc_weight=self.disc_weight)
+        check_r1(self.r1_weight, self.r1_sigma)
 
 
 class SiD(Method[SiDConfig]):
@@ -88,7 +86,8 @@ class SiD(Method[SiDConfig]):
             cond = dropped(cond, cfg.dropout, draws)
         return critic_loss(m, self.process, self.rollout(m, cond, draws, grad=False), cond, cfg.fake_times, draws,
                            w=cfg.fake_guidance if cfg.fake_guidance >= 0 else 1.0,
-                           real=batch["real"] if cfg.gan_weight else None, disc_weight=cfg.disc_weight)
+                           real=batch["real"] if cfg.gan_weight else None, disc_weight=cfg.disc_weight,
+                           r1_weight=cfg.r1_weight, r1_sigma=cfg.r1_sigma)
 
     def student_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cfg, cond = self.cfg, batch["main"].cond

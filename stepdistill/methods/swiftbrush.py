@@ -26,7 +26,7 @@ from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.denoising import scaled_eps_loss
 from stepdistill.losses.matching import matching_loss
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import alternating, critic_loss, dropped
+from stepdistill.methods.critic import alternating, check_critic, critic_loss, dropped, handed_on
 from stepdistill.models.roles import Role, Roles
 
 
@@ -40,10 +40,7 @@ class SwiftBrushConfig:
     fake_times: Uniform = Uniform(0.001, 1.0)       # s of the fake score's update
 
     def __post_init__(self) -> None:
-        if self.fake_updates < 1:
-            raise ValueError(f"method.fake_updates must be at least 1, got {self.fake_updates}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"method.dropout must lie in [0, 1), got {self.dropout}")
+        check_critic(self.fake_updates, dropout=self.dropout)
 
 
 class SwiftBrush(Method[SwiftBrushConfig]):
@@ -73,7 +70,6 @@ class SwiftBrush(Method[SwiftBrushConfig]):
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cond = batch["main"].cond
-        x0 = batch.scratch["x0"] if "x0" in batch.scratch else one_call(
-            m.student, self.sampler(), cond, draws, self.setup.shape, grad=False).x0
+        x0 = handed_on(batch, lambda: one_call(m.student, self.sampler(), cond, draws, self.setup.shape, grad=False).x0)
         told = dropped(cond, self.cfg.dropout, draws) if m.teacher.guidance != 1 else cond
         return critic_loss(m, self.process, x0, told, self.cfg.fake_times, draws, distance=scaled_eps_loss)

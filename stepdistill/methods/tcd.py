@@ -53,7 +53,7 @@ class TCDConfig:
 
 class TCD(Method[TCDConfig]):
     title, arxiv, family = "Trajectory Consistency Distillation", "2402.19159", "consistency"
-    Config = TCDConfig
+    Config, on_trajectories = TCDConfig, True
 
     @classmethod
     def needs(cls, cfg: TCDConfig) -> Mapping[str, Role]:

@@ -66,7 +66,7 @@ def on_grid(times: Sequence[float], points: int) -> tuple[float, ...]:
 
 class TDD(Method[TDDConfig]):
     title, arxiv, family = "Target-Driven Distillation", "2409.01347", "consistency"
-    Config = TDDConfig
+    Config, on_trajectories = TDDConfig, True
 
     def __init__(self, cfg: TDDConfig, setup: Setup):
         super().__init__(cfg, setup)

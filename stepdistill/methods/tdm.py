@@ -39,6 +39,7 @@ from stepdistill.losses.denoising import denoising_loss, subinterval_target
 from stepdistill.losses.distance import l2, pseudo_huber
 from stepdistill.losses.matching import dmd_scale
 from stepdistill.methods.base import Batch, Loss, Method, Update
+from stepdistill.methods.critic import check_critic
 from stepdistill.models.roles import Role, Roles
 
 
@@ -52,8 +53,7 @@ class TDMConfig:
     times: Uniform = Uniform(0.02, 0.98)            # s, as a share of the interval from r to t
 
     def __post_init__(self) -> None:
-        if self.fake_updates < 1:
-            raise ValueError(f"method.fake_updates must be at least 1, got {self.fake_updates}")
+        check_critic(self.fake_updates)
         if self.huber < 0:
             raise ValueError(f"method.huber cannot be negative, got {self.huber}")
         if self.times.low == 0 and self.fake_target == "subinterval":

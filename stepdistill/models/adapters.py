@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.models.attention import attention
+from stepdistill.models.experts import Experts
+from stepdistill.models.inputs import telling, told_now
 
 _LAYERS: WeakKeyDictionary[nn.Module, list[LoraLayer]] = WeakKeyDictionary()
 
@@ -60,7 +62,8 @@ def target_names(network: nn.Module, targets: Sequence[str]) -> list[str]:
     layers = [name.replace(".base_layer", "") for name, module in network.named_modules() if ".lora_" not in name
               and isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, "groups", 1) == 1]     # groups would split the rank
     if not targets:
-        return [name for name in layers if "block" in name.split(".")[0] or name.split(".")[0] == "layers"] or layers
+        place = 2 if isinstance(network, Experts) else 0                 # behind "experts.0."
+        return [name for name in layers if "block" in name.split(".")[place] or name.split(".")[place] == "layers"] or layers
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             ends = sorted({name.split(".")[-1] for name in layers} | set(layers))
@@ -130,16 +133,16 @@ def exchanged(mine: nn.Module, other: nn.Module) -> Iterator[None]:
 
 
 def checkpoint_activations(network: Any) -> None:
-    """Trade compute for memory in the backward pass. The recomputation runs under the adapter and the attention kernels of the forward
-    pass, which are no longer chosen by then.
+    """Trade compute for memory in the backward pass. The recomputation runs under the adapter, the attention kernels and what was told in
+    the forward pass, which are no longer chosen by then.
 
     ValueError where the network's class does not support it.
     """
     def run(function: Callable[..., Any], *args: Any) -> Any:
-        name, device = active(network), next(network.parameters()).device
+        name, device, told = active(network), next(network.parameters()).device, told_now(network)
 
         def again(*inner: Any) -> Any:
-            with attention(device), adapted(network, name):
+            with attention(device), adapted(network, name), telling(network, told):
                 return function(*inner)
 
         return checkpoint(again, *args, use_reentrant=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, XFormersAttnProcessor
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,6 +19,27 @@ def attention(device: torch.device) -> AbstractContextManager[None]:
     forward-mode derivative.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+@contextmanager
+def plain(network: nn.Module) -> Iterator[None]:
+    """Attention in plain mathematics meanwhile, whatever `switch` chose: no other kernel has a forward-mode derivative."""
+    processors: list[Any] = [getattr(m, "processor", None) for m in network.modules()]
+    dispatched = [processor for processor in processors if hasattr(processor, "_attention_backend")]
+    swapped = [(m, m.processor) for m in network.modules() if isinstance(m, Attention) and isinstance(m.processor, XFormersAttnProcessor)]
+    before = [processor._attention_backend for processor in dispatched]
+    try:
+        for processor in dispatched:
+            processor._attention_backend = DISPATCHED["sdpa"]
+        for module, _ in swapped:
+            module.set_processor(AttnProcessor2_0())
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for processor, backend in zip(dispatched, before, strict=True):
+            processor._attention_backend = backend
+        for module, processor in swapped:
+            module.set_processor(processor)
 
 
 DISPATCHED = {"sdpa": "native", "xformers": "xformers", "flash": "flash"}      # our names in diffusers' dispatcher

@@ -63,7 +63,9 @@ class Conditioning(Mapping[str, Leaf]):
         def some(name: str, leaf: Leaf) -> Leaf:
             if name in self.shared or leaf is None:
                 return leaf
-            return tuple(leaf[i] for i in torch.arange(len(leaf))[rows].tolist()) if isinstance(leaf, tuple) else leaf[rows]
+            if not isinstance(leaf, tuple):
+                return leaf[rows]
+            return tuple(leaf[i] for i in torch.arange(len(leaf))[rows if isinstance(rows, slice) else rows.cpu()].tolist())
 
         return self._map(some)
 

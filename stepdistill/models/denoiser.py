@@ -17,6 +17,7 @@ from stepdistill.diffusion.process import NoiseProcess, TableVP, at_least_float3
 from stepdistill.models.adapters import adapted
 from stepdistill.models.attention import attention
 from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.experts import Experts, serving
 from stepdistill.models.guidance import guide
 
 
@@ -63,8 +64,10 @@ class Denoiser:
     precision of the forward pass only. `taps` name the submodules whose outputs `tap=True` returns as features. `channels` keeps the
     first channels of an output with a learned variance; a `wiring` does that, and the clock, for networks called in other ways.
     `adapter` is the LoRA adapter of the network that this role is, None the network without any. Where guidance is an input of the
-    network, `embedded` fixes it: a student is told the number it was made with, whatever w is asked for. `wrapped` is the distributed
-    wrapper, used only for the call that carries the trained role's gradient.
+    network, `embedded` fixes it: a student is told the number it was made with, whatever w is asked for. `inputs` name what the network
+    was given to be told besides (models.inputs): with "s" each call needs the time that its step goes to, with "w" guidance is told in one
+    pass. `wrapped` is the distributed wrapper, used only for the call that carries the trained role's gradient. Where `network` is Experts,
+    each sample is answered by that of its time.
     """
 
     network: nn.Module
@@ -79,6 +82,7 @@ class Denoiser:
     law: str = "linear"
     adapter: str | None = None
     embedded: float | None = None
+    inputs: tuple[str, ...] = ()
     wrapped: nn.Module | None = None
 
     @property
@@ -95,22 +99,50 @@ class Denoiser:
         """Another role with a deep copy of the weights, unguided and without the distributed wrapper."""
         return replace(self.shared(None), network=copy.deepcopy(self.network))
 
+    def divided(self, boundaries: Sequence[float]) -> Denoiser:
+        """The same with a copy for every stretch of time between these: that of the network which answers at its upper end."""
+        tops = torch.tensor((1.0, *boundaries), dtype=torch.float64)
+        networks = [copy.deepcopy(serving(self.network, top[None])) for top in tops]
+        return replace(self.shared(None), network=Experts(networks, boundaries))
+
     def shared(self, adapter: str | None) -> Denoiser:
         """Another role on the same network, with an adapter of its own."""
         embeds = self.wiring is not None and self.wiring.embeds
         return replace(self, adapter=adapter, guidance=1.0, embedded=self.guidance if embeds else None, wrapped=None)
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Conditioning, w: float | Tensor = 1.0) -> Tensor:
-        """The network's own output, differentiable in x_t and t; `w` only where the network embeds its guidance."""
+    def raw(self, x_t: Tensor, t: Tensor, cond: Conditioning, w: float | Tensor = 1.0, s: Tensor | None = None) -> Tensor:
+        """The network's own output, differentiable in x_t and t; `w` only where the network embeds its guidance, s (B,) is t by default."""
         module = self.network if self.wrapped is None or not torch.is_grad_enabled() else self.wrapped
-        if self.wiring:
-            arguments = self.wiring.call(x_t, t, cond, self.process, w, self.dtype)
+        if not isinstance(self.network, Experts):
+            args, kwargs = self._arguments(x_t, t, cond, w, s)
             with self._forward(x_t.device):
-                return at_least_float32(self.wiring.read(module(**arguments), x_t))
-        clock = CLOCKS[self.clock](self.process, t).to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+                return self._answer(module(*args, **kwargs), x_t)
+        shares = self.network.shares(t)
+        some = lambda rows: (x_t[rows], t[rows], cond if isinstance(rows, slice) else cond.slice(rows),          # noqa: E731
+                             w[rows] if isinstance(w, Tensor) and w.ndim else w)
+        calls = [(i, *self._arguments(*some(rows))) for i, rows in shares]
         with self._forward(x_t.device):
-            out = module(x_t.to(self.dtype), clock, return_dict=False, **cond)[0]
-        return at_least_float32(out if self.channels is None else out[:, : self.channels])
+            outs = [self._answer(out, x_t[rows]) for out, (_, rows) in zip(module(calls), shares, strict=True)]
+        if len(outs) == 1:
+            return outs[0]
+        order = torch.cat([rows for _, rows in shares if isinstance(rows, Tensor)])
+        return torch.cat(outs)[order.argsort()]
+
+    def _arguments(self, x_t: Tensor, t: Tensor, cond: Conditioning, w: float | Tensor,
+                   s: Tensor | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        number, told = torch.float64 if self.dtype == torch.float64 else torch.float32, {}
+        if self.inputs:
+            scale = torch.as_tensor(w, dtype=torch.float64, device=t.device)
+            numbers = {"s": t - (t if s is None else s), "w": (scale - 1).expand(len(t))}
+            told["told"] = torch.stack([numbers[name] for name in self.inputs], 1).to(number)
+        if self.wiring:
+            return (), {**self.wiring.call(x_t, t, cond, self.process, w, self.dtype), **told}
+        return (x_t.to(self.dtype), CLOCKS[self.clock](self.process, t).to(number)), {"return_dict": False, **cond, **told}
+
+    def _answer(self, output: Any, x_t: Tensor) -> Tensor:
+        if self.wiring:
+            return at_least_float32(self.wiring.read(output, x_t))
+        return at_least_float32(output[0] if self.channels is None else output[0][:, : self.channels])
 
     @contextmanager
     def _forward(self, device: torch.device) -> Iterator[None]:
@@ -118,25 +150,33 @@ class Denoiser:
         with attention(device), precision, adapted(self.network, self.adapter):
             yield
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning, *, w: float | Tensor | None = None, tap: bool = False) -> Prediction:
-        """Predict; `w` overrides the default guidance, `tap` collects features (of the conditional half when guided)."""
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning, *, s: float | Tensor | None = None, w: float | Tensor | None = None,
+                 tap: bool = False) -> Prediction:
+        """Predict; `w` (B,) or a number overrides the default guidance, `tap` collects features (of the conditional half when guided).
+
+        `s` (B,) or a number is for a network that is told it, which cannot do without: ValueError otherwise.
+        """
+        if (s is None) == ("s" in self.inputs):
+            raise ValueError("this network is told the time that its step goes to: name it with s" if s is None else
+                             "this network is not told the time that its step goes to: leave s out")
         x_t = at_least_float32(x_t)
         t = t.to(x_t.device).expand(len(x_t)) if t.ndim == 0 else t
+        s = t if s is None else torch.as_tensor(s, dtype=torch.float64, device=x_t.device).expand(len(x_t))
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         w = self.guidance if w is None else w
-        embeds = self.wiring is not None and self.wiring.embeds
-        if embeds or (isinstance(w, float | int) and w == 1):
-            with tapped(self.network, self.taps if tap else ()) as features:
-                out = self.raw(x_t, t, cond, w if self.embedded is None else self.embedded)
+        read = serving(self.network, t) if tap else self.network
+        embeds = "w" in self.inputs or (self.wiring is not None and self.wiring.embeds)
+        drops = not embeds and isinstance(w, float | int) and w == 0 and self.law == "linear"
+        if embeds or drops or (isinstance(w, float | int) and w == 1):
+            with tapped(read, self.taps if tap else ()) as features:
+                out = self.raw(x_t, t, cond.null if drops else cond, w if self.embedded is None else self.embedded, s)
             return Prediction(out, self.kind, x_t, alpha, sigma, tuple(features))
-        if isinstance(w, float | int) and w == 0 and self.law == "linear":
-            return self(x_t, t, cond.null, w=1.0, tap=tap)
         n, null = len(x_t), cond.null
-        with tapped(self.network, self.taps if tap else ()) as features:
+        with tapped(read, self.taps if tap else ()) as features:
             if cond.joins(null):
-                out = self.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(null))
+                out = self.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.cat(null), s=torch.cat([s, s]))
             else:                                                        # another length of text, or a mask that only one of them has
-                out = torch.cat([self.raw(x_t, t, cond), self.raw(x_t, t, null)])
+                out = torch.cat([self.raw(x_t, t, cond, s=s), self.raw(x_t, t, null, s=s)])
         seen = tuple(f[:n] for f in features[: len(self.taps)])
         halves = [Prediction(o, self.kind, x_t, alpha, sigma, seen) for o in (out[:n], out[n:])]
         return guide(halves[0], halves[1], w, self.law)

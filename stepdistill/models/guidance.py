@@ -29,6 +29,13 @@ class Band:
         """(B,) float64, or a scalar for shared draws."""
         return noise.uniform(self.low, self.high)
 
+    def holding(self, w: float) -> float:
+        """w, what a student that is told its guidance is told unless asked otherwise; ValueError where it lies outside."""
+        if not self.low <= w <= self.high:
+            raise ValueError(f"guidance {w:g} is what the student would be told by default, and method.guidance is {self.low:g} to "
+                             f"{self.high:g}: set guidance to one of those")
+        return w
+
 
 def _norm(limit: float, axis: int) -> Callable[[Tensor, Tensor], Tensor]:
     def law(cond: Tensor, guided: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from stepdistill.diffusion.process import Flow
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.drive import Driven
+from stepdistill.models.experts import boundaries_of
 from stepdistill.models.latents import LatentLaw
-from stepdistill.models.recording import Branch, Recording
+from stepdistill.models.recording import Branch, Recording, network_of
 from stepdistill.models.wiring import FromClock, FromCondition, FromSample, FromScale, Layout, Static, Unrecordable, Wiring
 
 CLASSES = {cls.__name__: cls for cls in (Wiring, Layout, Static, FromCondition, FromSample, FromClock, FromScale, Branch)}
@@ -65,7 +66,8 @@ class Learnt:
         """Raises Unrecordable where the network is called with something that no file can hold."""
         driven, denoiser = recording.driven, recording.denoiser
         tensors: dict[str, Tensor] = {}
-        facts = {"component": recording.component, "shape": recording.shape, "keyword": recording.keyword, "offset": recording.offset,
+        facts = {"components": recording.components, "boundaries": boundaries_of(denoiser.network),
+                 "shape": recording.shape, "keyword": recording.keyword, "offset": recording.offset,
                  "notes": recording.notes, "branches": recording.branches, "row": recording.row, "asked": driven.keyword,
                  "shift": driven.process.shift if isinstance(driven.process, Flow) else None, "clock": driven.clock,
                  "frame": driven.frame, "frames": driven.frames, "kind": driven.kind,
@@ -89,10 +91,12 @@ class Learnt:
         driven.frames = facts["frames"]
         if driven.door is not None:
             driven.enter(facts["frame"], facts["kind"])
-        denoiser = Denoiser(getattr(pipeline, facts["component"]), driven.process, driven.kind, driven.clock, taps=facts["taps"],
+        network = network_of(pipeline, facts["components"], facts["boundaries"])
+        denoiser = Denoiser(network, driven.process, driven.kind, driven.clock, taps=facts["taps"],
                             wiring=facts["wiring"], law=facts["law"])
-        return Recording(driven, denoiser, facts["component"], facts["shape"], facts["keyword"], facts["offset"], facts["notes"],
-                         facts["branches"], None, facts["row"])
+        component, *others = facts["components"]
+        return Recording(driven, denoiser, component, facts["shape"], facts["keyword"], facts["offset"], facts["notes"],
+                         facts["branches"], None, facts["row"], tuple(others))
 
     def law(self, pipeline: Any) -> LatentLaw | None:
         """The law of the latents over this pipeline's VAE."""

@@ -26,6 +26,8 @@ from torch.nn import functional
 from stepdistill.diffusion.process import Flow, NoiseProcess, TableVP
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser, default_taps, keep_output_float32
+from stepdistill.models.experts import Experts
+from stepdistill.models.inputs import ToldDiTTransformer2DModel, ToldUNet2DModel
 from stepdistill.models.quantize import QuantizeRecipe, config_of, network_among, requantized
 from stepdistill.models.weights import fuse
 
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
     from stepdistill.models.kept import Kept
 
 NOTES = "stepdistill.json"                              # what a diffusers folder cannot say: codec, null class, labels, licence
-NETWORKS: dict[str, type[nn.Module]] = {"UNet2DModel": UNet2DModel, "DiTTransformer2DModel": DiTTransformer2DModel}
+NETWORKS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (UNet2DModel, DiTTransformer2DModel, ToldUNet2DModel,
+                                                                     ToldDiTTransformer2DModel)}
 KINDS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 
 
@@ -193,7 +196,7 @@ def load_network(folder: Path) -> nn.Module:
         raise FileNotFoundError(f"{folder} holds no network: config.json is missing")
     name = read_json(config).get("_class_name")
     if name not in NETWORKS:
-        raise ValueError(f"{config} names the network {name!r}; this version distils {', '.join(NETWORKS)}")
+        raise ValueError(f"{config} names the network {name!r}; this version distils UNet2DModel, DiTTransformer2DModel")
     return without_dropout(_read_weights(NETWORKS[name], folder).float().eval().requires_grad_(False))
 
 
@@ -252,7 +255,7 @@ def load_pipeline(path: str | Path, *, device: torch.device | str = "cpu", dtype
         if name not in left_out and not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder} lacks its component {name!r}: model_index.json names {entry[1]}, and there is no {name}/")
     config = config_of(quantize, device) if quantize else None
-    packed = {network_among(entries): config} if config else {}
+    packed = {name: config for name in entries if name in (network_among(entries), f"{network_among(entries)}_2")} if config else {}
     options = {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=packed)} if packed and not loras else {}
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True,
@@ -301,9 +304,11 @@ def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autoca
         raise FileNotFoundError(f"{folder} has no scheduler_config.json, so its noise process is unknown")
     scheduler = read_json(scheduler_file)
     process, kind, clock = process_of(scheduler)
-    network = keep_output_float32(load_network(inner)).to(device)
+    networks = [keep_output_float32(load_network(path)).to(device) for path in (inner, *sorted(folder.glob("unet_[2-9]")))]
     if dtype != torch.float32:
-        nn.Module.to(network, dtype)                    # diffusers' own logs an empty list of modules it would keep
+        for network in networks:
+            nn.Module.to(network, dtype)                # diffusers' own logs an empty list of modules it would keep
+    network = networks[0]
     config: Any = network.config
     if isinstance(network, UNet2DModel):
         embeds = config.num_class_embeds or 0
@@ -326,8 +331,9 @@ def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autoca
             raise ValueError(f"{folder / 'vae'} holds a {named}; this version reads AutoencoderKL")
         codec = Vae(_read_weights(AutoencoderKL, folder / "vae").to(device).eval().requires_grad_(False))
     learned_sigma = config.out_channels is not None and config.out_channels == 2 * channels
-    denoiser = Denoiser(network, process, kind, clock, guidance, autocast, taps or default_taps(network),
-                        channels if learned_sigma else None)
+    whole = network if len(networks) == 1 else Experts(networks, notes.get("sampler", {}).get("boundaries", ()))
+    denoiser = Denoiser(whole, process, kind, clock, guidance, autocast, taps or default_taps(network),
+                        channels if learned_sigma else None, inputs=tuple(config.get("inputs", ())))
     classes = int(notes.get("classes", embeds - (1 if null is not None and embeds else 0)))
     if guidance != 1 and null is None:
         raise ValueError(f"guidance {guidance} needs a null class and {path} has none: set guidance to 1, or name null_class in {NOTES}")

@@ -16,7 +16,7 @@ from stepdistill import worlds
 from stepdistill.diffusion.process import Flow
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser, default_taps, keep_output_float32
-from stepdistill.models.load import NETWORKS, read_json, without_dropout
+from stepdistill.models.load import NETWORKS, NOTES, SpaceToDepth, read_json, without_dropout
 from stepdistill.models.wiring import FromClock, FromCondition, FromSample, FromScale, Layout, Static, Wiring, leaves_of
 
 SHIPPED = Path(worlds.__file__).parent / "networks"
@@ -36,7 +36,7 @@ class NetworkSpec:
     A length is a number or a name: a key of the config or of `sizes`, or `rows`, `columns`, `frames` and `cells` = frames · rows · columns
     of sizes `height` x `width` (pixels), one cell being `cell` pixels wide, and of `num_frames`, the first of which is alone in its cell
     and the others `frame_cell` in one; without them there is one frame. `frozen` counts the parameters of what else the pipeline holds:
-    text encoders, a VAE.
+    text encoders, a VAE. `codec` is how a network without a VAE sees pictures.
     """
 
     name: str
@@ -45,6 +45,7 @@ class NetworkSpec:
     state: str
     arguments: Mapping[str, Any]
     frozen: Mapping[str, int] = field(default_factory=dict)
+    codec: SpaceToDepth = field(default_factory=SpaceToDepth)
 
     @property
     def prompted(self) -> bool:
@@ -196,7 +197,9 @@ def of_folder(folder: Path) -> NetworkSpec:
     parts = read_json(index) if index.is_file() else {"vae": ["diffusers", "AutoencoderKL"]}
     frozen = {part: count for part, entry in parts.items() if part != inner.name and isinstance(entry, list)
               and (count := _parameters(folder / part, *entry))}
-    return of_config(str(folder), read_json(inner / "config.json"), frozen)
+    notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
+    codec = SpaceToDepth(int(notes.get("codec", {}).get("space_to_depth", 1)))
+    return replace(of_config(str(folder), read_json(inner / "config.json"), frozen), codec=codec)
 
 
 def _parameters(folder: Path, library: str | None, name: str | None) -> int:

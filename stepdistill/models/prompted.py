@@ -167,7 +167,7 @@ def load_prompted(folder: Path, prompts: Sequence[str], call: Mapping[str, Any],
     """
     if not prompts:
         raise ValueError(f"{folder} is a pipeline that takes prompts: name a file of them, one per line, with data.prompts")
-    only = (kept.learnt.facts["component"], "scheduler", "vae") if kept and kept.learnt else None
+    only = (*kept.learnt.facts["components"], "scheduler", "vae") if kept and kept.learnt else None
     pipeline = _still(load_pipeline(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code, only=only, loras=loras,
                                     quantize=quantize))
     return _taught(pipeline, folder, prompts, call, kept, guidance, autocast, taps, notes)

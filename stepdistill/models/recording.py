@@ -11,15 +11,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import CLOCKS, Denoiser, default_taps
 from stepdistill.models.doors import FEW_STEP, FRAMES, Door
 from stepdistill.models.drive import Driven, Turn, parameters_of
+from stepdistill.models.experts import Experts
 from stepdistill.models.guidance import LAWS
 from stepdistill.models.load import KINDS
 from stepdistill.models.wiring import (
@@ -63,8 +65,8 @@ class Branch:
 class Recording:
     """What was learnt of a pipeline: a Denoiser, and how its condition is made.
 
-    `shape` is that of one state as the scheduler sees it. The pipeline's guidance `keyword` is None where it has none; its number plus
-    `offset` is our w (None where the network, or the pipeline before it, embeds the number).
+    `component` is the network's name, and `shape` that of one state as the scheduler sees it. The pipeline's guidance `keyword` is None
+    where it has none; its number plus `offset` is our w (None where the network, or the pipeline before it, embeds the number).
     """
 
     driven: Driven
@@ -77,6 +79,12 @@ class Recording:
     branches: tuple[Branch, ...]                                          # conditional first
     template: Any = field(repr=False)                                     # an output of the network
     row: tuple[int, ...] = ()                                             # the shape of one row of its sample, at the recorded size
+    others: tuple[str, ...] = ()                                          # the components that answer later, where several take turns
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of all networks, in the order in which a sampler meets them."""
+        return (self.component, *self.others)
 
     @property
     def wiring(self) -> Wiring:
@@ -94,18 +102,18 @@ class Recording:
         The pipeline's guidance number matters only where it is embedded before the network is called.
         """
         def answers(turn: int, call: int, component: str, arguments: Mapping[str, Any]) -> Any:
-            return None if component != self.component else self._stub(arguments)
+            return None if component not in self.components else self._stub(arguments)
 
         number = number if self.offset is None else SCALES[0]             # any that makes the pipeline guide
         turn = self.driven.drive(inputs, number if self.keyword else None, (0.9, 0.5), only=1, answers=answers)[0]
-        calls = [call for call in turn.calls if call.component == self.component]
+        calls = [call for call in turn.calls if call.component in self.components]
         cond, *null = (self.wiring.condition(calls[b.call].arguments, b.block, b.of, batch) for b in self.branches)
         return Conditioning(cond, {k: v for k, v in null[0].items() if not same(v, cond[k])} if null else None, self.wiring.shared)
 
     def decode(self, x0: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Pictures (B, H, W, C) or videos (B, F, H, W, C) in [0, 1], as the pipeline's own tail makes them of clean states."""
         def answers(turn: int, call: int, component: str, arguments: Mapping[str, Any]) -> Any:
-            return None if component != self.component else self._stub(arguments)
+            return None if component not in self.components else self._stub(arguments)
 
         return self.driven.decode(x0, inputs, answers)
 
@@ -273,13 +281,13 @@ class Recorder:
         three = _Watched(self, PROMPTS, SCALES[0])
         others, scaled = _Watched(self, OTHERS, SCALES[0]), _Watched(self, PROMPTS[:2], SCALES[1])
         calls = two.turns[self.first].calls
-        components = {call.component for turn in two.turns[ZEROS:] for call in turn.calls}
-        if len(components) > 1:
-            raise Unrecordable(f"several networks take part ({', '.join(sorted(components))}), and a role is one network")
         if any(len(turn.calls) != len(calls) for turn in two.turns[ZEROS:]):
             raise Unrecordable("the number of network calls changes from step to step")
-        component = components.pop()
+        (component, *rest), boundaries = self._turns(two)
         notes = ["its guider is replaced by plain guidance"] if self.driven.guiders else []
+        if rest:
+            notes.append(f"{component} and {' and '.join(rest)} take turns, the next from t = "
+                         f"{', '.join(f'{t:.4g}' for t in boundaries)} on down, all under one guidance")
         if isinstance(scheduler := self.driven.pipeline.scheduler, FEW_STEP):
             notes.append(f"{type(scheduler).__name__} samples few-step students, whose x0 is the end of a trajectory, not a mean")
         if self.driven.frame != "own":
@@ -294,10 +302,10 @@ class Recorder:
         wiring = Wiring(skeleton, layout, sign * self.driven.flip)
         if law != "linear":
             notes.append(f"guidance is not linear: {law}")
-        network = getattr(self.driven.pipeline, component)
+        network = network_of(self.driven.pipeline, (component, *rest), boundaries)
         taps: tuple[str, ...] = ()
         try:
-            taps = default_taps(network)
+            taps = default_taps(getattr(self.driven.pipeline, component))
         except ValueError as error:
             notes.append(str(error))
         if self.baked:
@@ -306,7 +314,36 @@ class Recorder:
         keyword = self.driven.keyword if offset is not None or wiring.embeds or self.baked else None
         row = tuple(self._sample_leaves(two, order[0].call)[0][0].shape)
         return Recording(self.driven, denoiser, component, tuple(state.shape[1:]), keyword, offset, tuple(notes), tuple(order),
-                         two.templates[order[0].call], row)
+                         two.templates[order[0].call], row, tuple(rest))
+
+    # -- the networks
+
+    def _turns(self, run: _Watched) -> tuple[list[str], list[float]]:
+        """(the components that answer, from noise on down; the times between them). Unrecordable where time alone does not choose."""
+        said = [(probe.t, {call.component for call in turn.calls}) for probe, turn in zip(self.probes, run.turns, strict=True)][ZEROS:]
+        answers = [(t, names.pop()) for t, names in sorted(said, key=lambda pair: pair[0], reverse=True) if len(names) == 1]
+        runs = [(name, [t for t, _ in part]) for name, part in groupby(answers, key=lambda pair: pair[1])]
+        names = [name for name, _ in runs]
+        classes = {type(getattr(self.driven.pipeline, name)) for name in names}
+        if len(answers) < len(said) or len(set(names)) < len(names) or len(classes) > 1:
+            several = sorted({call.component for turn in run.turns[ZEROS:] for call in turn.calls})
+            raise Unrecordable(f"several networks take part ({', '.join(several)}), and they are not of one class, or time alone does not "
+                               "choose between them")
+        if len(names) > 1 and self.inputs(PROMPTS[:2]).get(other := f"{self.driven.keyword}_2") is not None:
+            raise Unrecordable(f"{other} guides the second network by a number of its own, and a teacher has one: leave it out, and "
+                               f"{self.driven.keyword} is that of both")
+        return names, [self._between(min(above), max(below), name) for (name, above), (_, below) in pairwise(runs)]
+
+    def _between(self, above: float, below: float, name: str) -> float:
+        """Where `name`, which answers at `above`, hands over: to a millionth, or halfway between two steps of a table."""
+        steps = getattr(self.driven.process, "steps", None)
+        while above - below > (1e-6 if steps is None else 1.5 / steps):
+            inner = [below + (above - below) * i / 9 for i in range(8, 0, -1)]
+            inner = inner if steps is None else sorted({round(t * steps) / steps for t in inner} - {above, below}, reverse=True)
+            run = _Watched(self, PROMPTS[:2], SCALES[0], [*self.probes[:ZEROS], *(_Probe(t, "zero", "zero") for t in inner)])
+            own = [t for t, turn in zip(inner, run.turns[ZEROS:], strict=True) if turn.calls[0].component == name]
+            above, below = min([above, *own]), max([below, *set(inner).difference(own)])
+        return (above + below) / 2
 
     # -- the sample
 
@@ -554,6 +591,12 @@ def usual_inputs(pipeline: Any, **extra: Any) -> Inputs:
         return {**given, **extra}
 
     return inputs
+
+
+def network_of(pipeline: Any, components: Sequence[str], boundaries: Sequence[float]) -> nn.Module:
+    """The network of these components of a pipeline: several take turns at the boundaries."""
+    networks = [getattr(pipeline, name) for name in components]
+    return Experts(networks, boundaries) if boundaries else networks[0]
 
 
 def record(pipeline: Any, inputs: Inputs | None = None) -> Recording:

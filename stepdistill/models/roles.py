@@ -11,10 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.diffusion.draws import key
+from stepdistill.diffusion.sampler import check_inputs
 from stepdistill.models.adapters import Adapter, LoraRecipe, exchanged, inject
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser, tapped
 from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.experts import Experts, serving
+from stepdistill.models.features import load_features
+from stepdistill.models.inputs import add_inputs
 
 Example = Callable[[], tuple[Tensor, Tensor, Conditioning]]              # a tiny (x_t, t, cond) to measure features with
 
@@ -24,12 +28,21 @@ class Role:
     """One model of a method: does it train, and where does it come from.
 
     "teacher" is a copy of the teacher (the role named teacher is the teacher itself); "head" is a discriminator over the features of
-    the role `of`.
+    the role `of`; "features" is a frozen network over pictures, `of` a world or a folder (models.features). With several `experts` it is
+    a copy for each stretch of time between the boundaries of the method's sampler. `inputs` ("s", "w") are what the copy is told besides
+    its time (models.inputs).
     """
 
     trains: bool = False
-    source: Literal["teacher", "head"] = "teacher"
+    source: Literal["teacher", "head", "features"] = "teacher"
     of: str | None = None
+    experts: int = 1
+    inputs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_inputs(self.inputs)
+        if self.inputs and (self.source != "teacher" or self.experts > 1):
+            raise ValueError("only a single copy of the teacher can be told something besides its time, no head and no experts")
 
 
 class Roles:
@@ -38,11 +51,13 @@ class Roles:
     A role that is training goes through its distributed wrapper when gradients are on; every other call goes to the bare network.
     """
 
-    def __init__(self, denoisers: Mapping[str, Denoiser], heads: Mapping[str, tuple[str, nn.Module]], trains: Iterable[str]):
+    def __init__(self, denoisers: Mapping[str, Denoiser], heads: Mapping[str, tuple[str, nn.Module]], trains: Iterable[str],
+                 features: Mapping[str, nn.Module] | None = None):
         """`heads` pairs each head with the role it reads."""
         self._denoisers, self._wrapped = dict(denoisers), dict[str, nn.Module]()
         self._adapters = {name: Adapter(d.network, d.adapter) for name, d in self._denoisers.items() if d.adapter is not None}
         self._heads = {name: head for name, (_, head) in heads.items()}
+        self._features = dict(features or {})
         self.heads = {name: of for name, (of, _) in heads.items()}
         self.trains, self._active = tuple(trains), tuple[str, ...]()
         for name in self.names:
@@ -50,14 +65,19 @@ class Roles:
 
     @classmethod
     def build(cls, needs: Mapping[str, Role], teacher: Denoiser, example: Example, seed: int = 0,
-              lora: Mapping[str, LoraRecipe] | None = None) -> Roles:
+              lora: Mapping[str, LoraRecipe] | None = None, boundaries: Sequence[float] = ()) -> Roles:
         """Copies for every role but the teacher, with float32 master weights (float64 if the teacher's are), trained or following.
 
-        A role in `lora` is an adapter on the teacher's own network instead: one base for as many roles as are named there.
+        A role in `lora` is an adapter on the teacher's own network instead: one base for as many roles as are named there. `boundaries`
+        are those between the experts of a role that has several.
         """
         lora = lora or {}
         if unknown := sorted(set(lora) - {n for n, r in needs.items() if r.source == "teacher" and n != "teacher"}):
             raise ValueError(f"lora.{unknown[0]}: this method has no such copy of the teacher")
+        if divided := [name for name in lora if needs[name].experts > 1]:
+            raise ValueError(f"lora.{divided[0]}: an adapter is one for all times, and this role is {needs[divided[0]].experts} experts: "
+                             f"leave lora.{divided[0]} out, or train one student with method.experts=false")
+        _check_told(needs, teacher, lora)
         if "student" not in needs or not needs["student"].trains:
             raise ValueError("a method must declare a role 'student' that trains")
         denoisers: dict[str, Denoiser] = {}
@@ -65,25 +85,40 @@ class Roles:
             if role.source == "teacher":
                 if name in lora:
                     continue
-                denoisers[name] = teacher if name == "teacher" else teacher.copy()
+                if name == "teacher":
+                    denoisers[name] = teacher
+                else:
+                    denoisers[name] = teacher.copy() if role.experts == 1 else teacher.divided(boundaries)
                 if name != "teacher" and denoisers[name].dtype in (torch.float16, torch.bfloat16):
                     denoisers[name].network.float()
+                if role.inputs:
+                    add_inputs(denoisers[name].network, role.inputs)
+                    denoisers[name] = replace(denoisers[name], inputs=role.inputs)
         for name, recipe in lora.items():                                # after the full copies, which must not copy adapters
             inject(teacher.network, name, recipe, key(seed, "lora", name))
             denoisers[name] = teacher.shared(name)
         denoisers = {name: denoisers[name] for name in needs if name in denoisers}
+        weight = next(teacher.network.parameters())
+        place = weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
+        features = {name: load_features(role.of).to(*place) for name, role in needs.items() if role.source == "features" and role.of}
         heads: dict[str, tuple[str, nn.Module]] = {}
         for name, role in needs.items():
             if role.source == "head":
-                if role.of not in denoisers:
-                    raise ValueError(f"head {name!r} reads features of {role.of!r}, which is not declared: {sorted(denoisers)}")
-                heads[name] = role.of, _head(denoisers[role.of], example, key(seed, "head", name))
-        return cls(denoisers, heads, [name for name, role in needs.items() if role.trains])
+                if role.of is None or role.of not in {**denoisers, **features}:
+                    raise ValueError(f"head {name!r} reads features of {role.of!r}, which is not declared: {[*denoisers, *features]}")
+                seen = features_of(denoisers[role.of], example) if role.of in denoisers else features[role.of].seen()
+                heads[name] = role.of, _head(seen, key(seed, "head", name)).to(*place)
+        return cls(denoisers, heads, [name for name, role in needs.items() if role.trains], features)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every role."""
-        return (*self._denoisers, *self._heads)
+        return (*self._denoisers, *self._features, *self._heads)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The roles that no method changes: no checkpoint holds them."""
+        return ("teacher", *self._features)
 
     @property
     def denoisers(self) -> Mapping[str, Denoiser]:
@@ -94,7 +129,7 @@ class Roles:
         """The bare network, adapter or head, without its distributed wrapper."""
         if name in self._adapters:
             return self._adapters[name]
-        return self._denoisers[name].network if name in self._denoisers else self._heads[name]
+        return self._denoisers[name].network if name in self._denoisers else {**self._features, **self._heads}[name]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """All parameters of a role, collected by name and never by what happens to require a gradient; a base without its adapters."""
@@ -105,16 +140,24 @@ class Roles:
             raise AttributeError(name)
         if name in self._denoisers:
             return self._denoisers[name]
+        if name in self._features:
+            return self._features[name]
         if name in self._heads:
             return self._wrapped[name] if name in self._active and name in self._wrapped else self._heads[name]
         raise AttributeError(f"this method declared no role {name!r}; it has {', '.join(self.names)}")
 
-    def train_only(self, names: Sequence[str]) -> None:
-        """Gradients, train mode and the distributed wrapper for these roles; none of them for the others."""
+    def train_only(self, names: Sequence[str], expert: int | None = None) -> None:
+        """Gradients, train mode and the distributed wrapper for these roles; none of them for the others.
+
+        Of a role that is several experts, only this `expert` if one is named.
+        """
         self._active = tuple(names)
         for name in sorted(self.names, key=lambda n: n in names):        # a base holds the adapters: freeze it before one of them trains
             active = name in names
-            self.module(name).requires_grad_(active).train(active)
+            module = self.module(name)
+            module.requires_grad_(active).train(active)
+            if active and expert is not None and isinstance(module, Experts):
+                module.requires_grad_(False).experts[expert].requires_grad_(True)
             if name in self._denoisers:
                 self._denoisers[name].wrapped = self._wrapped.get(name) if active else None
 
@@ -154,6 +197,19 @@ class Roles:
         follow(self.module(target), self.module(source), decay)
 
 
+    @torch.no_grad()
+    def restart(self, name: str) -> None:
+        """A copy of the teacher as it began: with the teacher's weights, or as an adapter that changes nothing."""
+        if name in self._adapters:
+            for path, parameter in self.module(name).named_parameters():
+                if path.endswith("lora_B"):
+                    parameter.zero_()
+            return
+        mine, theirs = ([*self.parameters(role), *self.module(role).buffers()] for role in (name, "teacher"))
+        for own, first in zip(mine, theirs, strict=True):
+            own.copy_(first)
+
+
 @torch.no_grad()
 def follow(target: nn.Module, source: nn.Module, decay: float) -> None:
     """Exponential moving average of the weights of one module in another."""
@@ -163,11 +219,30 @@ def follow(target: nn.Module, source: nn.Module, decay: float) -> None:
         buffer.copy_(theirs)
 
 
-def _head(denoiser: Denoiser, example: Example, seed: int) -> Discriminator:
-    with torch.no_grad(), tapped(denoiser.network, denoiser.taps) as features:
-        denoiser.raw(*example())
+@torch.no_grad()
+def features_of(denoiser: Denoiser, example: Example) -> list[Tensor]:
+    """What its taps read of an example."""
+    x_t, t, cond = example()
+    with tapped(serving(denoiser.network, t), denoiser.taps) as features:
+        denoiser.raw(x_t, t, cond)
+    return features
+
+
+def _head(features: Sequence[Tensor], seed: int) -> Discriminator:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = Discriminator(features)
-    weight = next(denoiser.network.parameters())
-    return head.to(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        return Discriminator(features)
+
+
+def _check_told(needs: Mapping[str, Role], teacher: Denoiser, lora: Mapping[str, LoraRecipe]) -> None:
+    """ValueError where a role cannot be told what it declares."""
+    if teacher.inputs:
+        raise ValueError(f"this teacher is a student that is told {' and '.join(teacher.inputs)}: distil the model it was made from")
+    for name, role in needs.items():
+        said = " and ".join(role.inputs)
+        if role.inputs and name in lora:
+            raise ValueError(f"lora.{name}: this role is told {said} by weights that an adapter has not: leave lora.{name} out")
+        if role.inputs and isinstance(teacher.network, Experts):
+            raise ValueError(f"{name} is told {said}, which copies of a teacher of several networks cannot be")
+        if "w" in role.inputs and teacher.wiring is not None and teacher.wiring.embeds:
+            raise ValueError("this teacher is told its guidance already, and its students are told the number that they were made with")

@@ -13,6 +13,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
 from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.experts import Experts
+from stepdistill.models.inputs import untold_class
 
 FAULTS = (ValueError, RuntimeError, KeyError, AttributeError, OSError, SafetensorError)   # of diffusers, for files that do not fit
 
@@ -43,6 +45,9 @@ def begin_as(student: Denoiser, source: Path, component: str) -> None:
     the network's name in the pipeline. FileNotFoundError or ValueError where it does not fit.
     """
     network: Any = student.network
+    if isinstance(network, Experts):
+        raise ValueError(f"student.weights is for a student of one network, and this is {len(network.experts)} experts, which begin as the "
+                         "teacher: leave it out, or begin with the networks of another run (start)")
     if source.is_dir() and student.adapter is not None:
         raise ValueError(f"student.weights {source} is a whole network and the student is an adapter: leave lora.student out, or give a "
                          "LoRA file")
@@ -51,7 +56,8 @@ def begin_as(student: Denoiser, source: Path, component: str) -> None:
     with _named(f"student.weights {source} does not fit this {type(network).__name__}"):
         if source.is_dir():
             inner = source / component if (source / component).is_dir() else source
-            network.load_state_dict(type(network).from_pretrained(inner, local_files_only=True, use_safetensors=True).state_dict())
+            published: Any = untold_class(network)
+            network.load_state_dict(published.from_pretrained(inner, local_files_only=True, use_safetensors=True).state_dict())
         elif student.adapter is not None:
             _adapter_from(network, student.adapter, source, component)
         else:

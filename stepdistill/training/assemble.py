@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from stepdistill.data.cache import Cache, Wanted, divided, fill_all
+from stepdistill.data.pairs import PairSet, origin
 from stepdistill.data.pictures import Picture, read_pictures
 from stepdistill.data.prompts import read_prompts
-from stepdistill.data.streams import Buckets, Source, captioned_source, source, wants_pictures
+from stepdistill.data.streams import Buckets, Source, captioned_source, source, wants_pairs, wants_pictures
 from stepdistill.diffusion.draws import Draws
 from stepdistill.methods import find
 from stepdistill.methods.base import Batch, Method, Setup, Stage, Stream, Update
 from stepdistill.models.adapters import checkpoint_activations
 from stepdistill.models.attention import switch
 from stepdistill.models.discriminator import MapHead
+from stepdistill.models.experts import Experts
+from stepdistill.models.kept import Kept
 from stepdistill.models.load import Teacher, is_prompted, load_teacher
 from stepdistill.models.prompted import PromptTeacher
 from stepdistill.models.roles import Roles
@@ -68,8 +71,8 @@ class Run:
         raise ValueError(f"step {step} lies past the last stage")
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors a checkpoint holds. The teacher is not among them: no method changes it."""
-        named = {f"role/{name}/{key}": value for name in self.roles.names if name != "teacher"
+        """All tensors a checkpoint holds. Those of the teacher are not among them: no method changes it."""
+        named = {f"role/{name}/{key}": value for name in self.roles.names if name not in self.roles.given
                  for key, value in self.roles.module(name).state_dict().items()}
         if self.ema:
             named |= {f"ema/{key}": value for key, value in self.ema.network.state_dict().items()}
@@ -133,20 +136,29 @@ def restarts_of(method: Method[Any], stages: Sequence[Stage]) -> dict[str, list[
     return found
 
 
+def teacher_of(recipe: Recipe, device: torch.device) -> tuple[Teacher, tuple[Part, ...], list[Kept | None]]:
+    """(the teacher of a recipe, what it reads at each size, what the caches of those have kept), the caches filled first."""
+    parts = parts_of(recipe)
+    fill_all([part.cache for part in parts if part.cache], device)
+    kept = [part.cache.kept() if part.cache else None for part in parts]
+    if any(k is not None and k.learnt is None for k in kept):                   # the encoders are loaded: every size is recorded with them
+        kept = [k and replace(k, learnt=None) for k in kept]
+    teacher = load_teacher(recipe.teacher.path, device=device, autocast=AUTOCAST[recipe.precision], dtype=dtype_of(recipe),
+                           guidance=recipe.guidance, taps=recipe.student.taps, prompts=parts[0].texts, call=parts[0].call, kept=kept[0],
+                           loras=recipe.teacher.loras, quantize=recipe.teacher.quantize)
+    return teacher, parts, kept
+
+
 def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     """Build a run. Everything a recipe can get wrong is found here, before any file is written: ValueError or FileNotFoundError."""
     processes = accelerator.num_processes
     if recipe.batch_size % (processes * recipe.accumulate):
         raise ValueError(f"batch_size {recipe.batch_size} cannot be divided over {processes} processes x accumulate {recipe.accumulate}")
     cls, config = find(recipe.method["name"]), recipe.method_config
-    parts = parts_of(recipe)
-    fill_all([part.cache for part in parts if part.cache], accelerator.device)
-    kept = [part.cache.kept() if part.cache else None for part in parts]
-    if any(k is not None and k.learnt is None for k in kept):                   # the encoders are loaded: every size is recorded with them
-        kept = [k and replace(k, learnt=None) for k in kept]
-    teacher = load_teacher(recipe.teacher.path, device=accelerator.device, autocast=AUTOCAST[recipe.precision], dtype=dtype_of(recipe),
-                           guidance=recipe.guidance, taps=recipe.student.taps, prompts=parts[0].texts, call=parts[0].call, kept=kept[0],
-                           loras=recipe.teacher.loras, quantize=recipe.teacher.quantize)
+    paired = wants_pairs(cls.data(config), recipe.data.pairs is not None)
+    if paired and recipe.data.buckets:
+        raise ValueError("data.pairs are of one size, that of teacher.call: leave data.buckets out")
+    teacher, parts, kept = teacher_of(recipe, accelerator.device)
     data: Source | Buckets
     if isinstance(teacher, PromptTeacher):
         teachers = [teacher, *(teacher.at(part.call, part.texts, k) for part, k in zip(parts[1:], kept[1:], strict=True))]
@@ -155,11 +167,14 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
         teacher = teacher if len(sources) == 1 else teacher.of_sizes(teachers[1:])
     else:
         data = source(teacher, cls.data(config), _world(recipe.teacher.path), recipe.data.folder)
+    if paired and recipe.data.pairs and isinstance(data, Source):
+        data = replace(data, pairs=PairSet.open(recipe.data.pairs, origin_of(recipe, teacher)))
     torch.manual_seed(recipe.seed)
-    method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.sampler))
+    decode = None if isinstance(teacher, PromptTeacher) else teacher.codec.decode               # a pipeline's own tail passes no gradient
+    method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.sampler, decode, recipe.guidance))
     method.sampler()                                                            # a wrong grid speaks up before anything is built
     needs, streams = cls.needs(config), cls.data(config)
-    roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed, recipe.lora)
+    roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed, recipe.lora, method.sampler().boundaries)
     heads = (head for name in roles.heads for head in roles.module(name).modules())
     if len(parts) > 1 and any(isinstance(head, MapHead) for head in heads):
         raise ValueError("data.buckets: the discriminator of a U-Net reads maps of one size; leave the buckets out, or train without it "
@@ -185,6 +200,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     optim = Optimizers(roles, recipe.optim, horizons, restarts_of(method, stages))
     ema = Ema(roles.module("student"), recipe.ema_decay) if recipe.ema_decay else None
     if processes > 1:
+        if any(isinstance(d.network, Experts) for d in roles.denoisers.values()):
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)           # a batch may leave experts out
         roles.wrap(accelerator.prepare_model)
     return Run(recipe, accelerator, teacher, method, roles, data, streams, stages, optim, ema)
 
@@ -271,6 +288,11 @@ def cache_of(recipe: Recipe, prompts: Sequence[str], pictures: Sequence[Picture]
                                 tuple(pictures), recipe.data.folder, recipe.teacher.loras, recipe.teacher.quantize))
 
 
+def origin_of(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:
+    """What pairs must have been made of to be read by this recipe, `teacher` being its own."""
+    return origin(teacher, recipe.guidance, recipe.teacher.call, recipe.teacher.loras)
+
+
 def dtype_of(recipe: Recipe) -> torch.dtype:
     """What the frozen weights are stored in."""
     return torch.float64 if recipe.precision == "fp64" else getattr(torch, recipe.teacher.dtype)
@@ -284,7 +306,7 @@ def _world(path: str) -> str | None:
 def run_update(run: Run, step: int, index: int, update: Update, before: Sequence[Batch]) -> tuple[list[Batch], dict[str, Tensor]]:
     """Forward and backward of one update over its micro-batches; gradients are left on the roles. Returns the batches and the log."""
     recipe, roles = run.recipe, run.roles
-    roles.train_only(update.trains)
+    roles.train_only(update.trains, update.expert)
     batches: list[Batch] = []
     logs: dict[str, Tensor] = {}
     for micro in range(recipe.accumulate):

@@ -7,11 +7,12 @@ import copy
 import torch
 from torch import nn
 
+from stepdistill.models.experts import parts_of
 from stepdistill.models.roles import follow
 
 
 class Ema:
-    """`network` is the average. The decay warms up as (1 + n)/(10 + n), so early averages forget the teacher's weights.
+    """`network` is the average. The decay warms up as (1 + n)/(10 + n), so early averages forget the weights of the beginning.
 
     It is kept in float32 where the student is stored in less: a share of 1e-3 of a small difference is lost in half precision.
     """
@@ -22,5 +23,7 @@ class Ema:
             self.network.float()
 
     def after(self, student: nn.Module, count: int) -> None:
-        """Move, after `count` student updates."""
-        follow(self.network, student, min(self.decay, (1 + count) / (10 + count)))
+        """Move, after `count` student updates. Of several experts those that are frozen keep the average they had when they last moved."""
+        for mine, theirs in zip(parts_of(self.network), parts_of(student), strict=True):
+            if mine is self.network or any(p.requires_grad for p in theirs.parameters()):
+                follow(mine, theirs, min(self.decay, (1 + count) / (10 + count)))

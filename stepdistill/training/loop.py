@@ -138,7 +138,7 @@ def train(run: Run, out: Path) -> Outcome:
                 bad[update.loss] = 0
                 run.method.after_update(run.roles, update, run.optim.counts[update.trains[0]])
                 if run.ema and "student" in update.trains:
-                    run.ema.after(run.roles.module("student"), run.optim.counts["student"])
+                    run.ema.after(run.roles.module("student"), run.optim.age("student"))
                 means.add({**logs, **{f"grad/{n}": torch.as_tensor(v, device=accelerator.device) for n, v in norms.items()}})
             done, last = step + 1, step + 1 == recipe.steps
             halt = stop(accelerator)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from stepdistill.models.adapters import active, adapted
 from stepdistill.models.attention import attention
 from stepdistill.models.denoiser import Denoiser, tapped
+from stepdistill.models.experts import parts_of
 from stepdistill.models.quantize import held
 from stepdistill.models.sizes import SizedWiring
 from stepdistill.models.wiring import FromSample, Wiring, leaves_of, primary
@@ -30,6 +32,7 @@ class Pass:
     gradient: Literal["none", "weights", "input"]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    network: nn.Module                                                   # the role's, or that of its experts which was called
     sample: int | str = 0                                                # which of them is the state: a tensor, or a list of them
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def iterate(run: Run, first: int, steps: int) -> None:
             run.optim.step(update.trains)
             run.method.after_update(run.roles, update, run.optim.counts[update.trains[0]])
             if run.ema and "student" in update.trains:
-                run.ema.after(run.roles.module("student"), run.optim.counts["student"])
+                run.ema.after(run.roles.module("student"), run.optim.age("student"))
 
 
 @contextmanager
@@ -60,19 +63,19 @@ def recorded(run: Run) -> Iterator[list[Pass]]:
     passes: list[Pass] = []
     hooks = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = roles[id(module), active(module)]                         # a shared network is the role whose adapter runs
+    def note(network: nn.Module, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = roles[id(network), active(network)]                       # a shared network is the role whose adapter runs
         sample = _sample(run.roles.denoisers[name])
         x = args[sample] if isinstance(sample, int) else kwargs[sample]
         trains = any(p.requires_grad for p in run.roles.parameters(name)) and name in run.roles.trains
         gradient: Literal["none", "weights", "input"] = "none"
         if torch.is_grad_enabled() and (trains or any(v.requires_grad for v in _each(x))):
             gradient = "weights" if trains else "input"
-        passes.append(Pass(name, len(x), gradient, tuple(map(_kept, args)), {k: _kept(v) for k, v in kwargs.items()}, sample))
+        passes.append(Pass(name, len(x), gradient, tuple(map(_kept, args)), {k: _kept(v) for k, v in kwargs.items()}, part, sample))
 
     roles = {(id(d.network), d.adapter): name for name, d in run.roles.denoisers.items()}
     for network in {id(d.network): d.network for d in run.roles.denoisers.values()}.values():
-        hooks.append(network.register_forward_pre_hook(note, with_kwargs=True))
+        hooks += [part.register_forward_pre_hook(partial(note, network), with_kwargs=True) for part in parts_of(network)]
     try:
         yield passes
     finally:
@@ -102,7 +105,7 @@ def replay(run: Run, one: Pass) -> None:
     Where a discriminator reads this role and gradients are on, its head is part of the pass; the gradient of a frozen role then comes
     from the features alone.
     """
-    denoiser, module = run.roles.denoisers[one.role], run.roles.denoisers[one.role].network
+    denoiser, module = run.roles.denoisers[one.role], one.network
     head = next((run.roles.module(h) for h, of in run.roles.heads.items() if of == one.role), None) if one.gradient != "none" else None
     run.roles.train_only((one.role,) if one.gradient == "weights" else ())
     args, kwargs = list(one.args), dict(one.kwargs)
@@ -113,7 +116,7 @@ def replay(run: Run, one: Pass) -> None:
     x = fresh[0]
     autocast = torch.autocast(x.device.type, denoiser.autocast or torch.bfloat16, enabled=denoiser.autocast is not None)
     with torch.set_grad_enabled(one.gradient != "none"), tapped(module, denoiser.taps if head else ()) as features:
-        with attention(x.device), autocast, adapted(module, denoiser.adapter):
+        with attention(x.device), autocast, adapted(denoiser.network, denoiser.adapter):
             first = primary(module(*args, **kwargs))
         out = torch.stack(list(first)) if isinstance(first, list | tuple) else first
         if one.gradient != "none":
@@ -165,13 +168,14 @@ def bench_step(run: Run, repeats: int = 30, progress: Callable[[int], None] | No
 
 def bytes_of(run: Run) -> dict[str, dict[str, int]]:
     """Bytes of weights (buffers among them), gradients and optimizer state per role, and of the EMA."""
-    table = {}
+    table, needs = {}, run.method.needs(run.method.cfg)
     for name in run.roles.names:
         sizes = [held(p) for p in run.roles.parameters(name)]
         weights, trains = sum(size for _, size in sizes), name in run.roles.trains
         buffers = sum(b.nbytes for b in run.roles.module(name).buffers())
         table[name] = {"parameters": sum(number for number, _ in sizes), "weights": weights + buffers,
-                       "gradients": weights if trains else 0, "optimizer": run.optim.bytes(name) if trains else 0}
+                       "gradients": weights // needs[name].experts if trains else 0,                     # one expert at a time
+                       "optimizer": run.optim.bytes(name) // needs[name].experts if trains else 0}
     if run.ema:
         weights = sum(v.nbytes for v in (*run.ema.network.parameters(), *run.ema.network.buffers()))
         table["ema"] = {"parameters": 0, "weights": weights, "gradients": 0, "optimizer": 0}

@@ -89,9 +89,17 @@ class Optimizers:
         return {name: self._rate(name) for name in self.counts}
 
     def _rate(self, name: str) -> float:
-        count, marks = self.counts[name], (0, *self.restarts.get(name, ()), self.horizons[name])
-        begin = max(mark for mark in marks[:-1] if mark <= count)
+        count, begin = self.counts[name], self._began(name, self.counts[name])
+        marks = (*self.restarts.get(name, ()), self.horizons[name])
         return rate(self.recipes[name], count - begin, min((mark for mark in marks if mark > begin), default=begin) - begin)
+
+    def _began(self, name: str, update: int) -> int:
+        """The update (from 0) with which the schedule of this one started."""
+        return max(mark for mark in (0, *self.restarts.get(name, ())) if mark <= update)
+
+    def age(self, name: str) -> int:
+        """Updates of a role since its schedule last started."""
+        return self.counts[name] - self._began(name, max(0, self.counts[name] - 1))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every moment, flat. Whole numbers (8-bit Adam's own count) become integer tensors and come back from them."""

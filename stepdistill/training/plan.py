@@ -28,13 +28,14 @@ from stepdistill import worlds
 from stepdistill.diffusion.draws import Draws, Noise
 from stepdistill.diffusion.process import Flow
 from stepdistill.methods import find
-from stepdistill.methods.base import Batch, Images, Method, Sample, Setup, Update
+from stepdistill.methods.base import Batch, Conditions, Method, Pairs, Sample, Setup, Update
 from stepdistill.models.adapters import active, checkpoint_activations
 from stepdistill.models.conditioning import Conditioning
-from stepdistill.models.denoiser import tapped
 from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.experts import Experts
+from stepdistill.models.features import load_features
 from stepdistill.models.networks import META, NetworkSpec, of_folder
-from stepdistill.models.roles import Roles
+from stepdistill.models.roles import Roles, features_of
 from stepdistill.recipe import DataRecipe, Recipe
 from stepdistill.training.assemble import AUTOCAST, assemble, dtype_of
 from stepdistill.training.live import Live, alive, rehearsal
@@ -203,12 +204,16 @@ Known = dict[str, tuple[dict[str, int], Counter[str]]]    # what was rehearsed, 
 def count(recipe: Recipe, network: NetworkSpec, gpu: int | None = None, *, card: bool = True, known: Known | None = None) -> Plan:
     """One round of the method's updates at the recipe's micro-batch, on one process. ValueError where the network cannot be called so."""
     config, cls = recipe.method_config, find(recipe.method["name"])
-    method, needs = cls(config, Setup(Flow(), network.shape, recipe.student.sampler)), cls.needs(config)
+    decode = None if network.prompted else network.codec.decode
+    method, needs = cls(config, Setup(Flow(), network.shape, recipe.student.sampler, decode, recipe.guidance)), cls.needs(config)
+    features = {name: load_features(role.of).to("meta") for name, role in needs.items() if role.source == "features" and role.of}
+    if features and "vae" in network.frozen:
+        raise ValueError(f"{recipe.method['name']} judges pictures, and plan rehearses no VAE: count this one with train --dry-run")
     dtype = dtype_of(recipe)
     teacher = network.denoiser(dtype=dtype, guidance=recipe.guidance, autocast=AUTOCAST[recipe.precision], taps=recipe.student.taps)
     with META:
         copies = {name: role for name, role in needs.items() if role.source == "teacher"}
-        roles = Roles.build(copies, teacher, lambda: _example(network), recipe.seed, recipe.lora)
+        roles = Roles.build(copies, teacher, lambda: _example(network), recipe.seed, recipe.lora, method.sampler().boundaries)
         if recipe.weights == "bfloat16":
             for name in roles.trains:
                 roles.module(name).to(torch.bfloat16)
@@ -217,11 +222,12 @@ def count(recipe: Recipe, network: NetworkSpec, gpu: int | None = None, *, card:
         for module in networks:
             checkpoint_activations(module)
     with rehearsal(card=card) as blank:
-        for module in networks:
+        for module in (*networks, *features.values()):
             blank(module)
         try:
-            heads = {name: (role.of, _head(roles, role.of, network)) for name, role in needs.items() if role.source == "head" and role.of}
-            roles = Roles(roles.denoisers, heads, [name for name, role in needs.items() if role.trains])
+            seen = lambda of: features[of].seen() if of in features else features_of(roles.denoisers[of], lambda: _example(network))     # noqa: E731
+            heads = {name: (role.of, Discriminator(seen(role.of))) for name, role in needs.items() if role.source == "head" and role.of}
+            roles = Roles(roles.denoisers, heads, [name for name, role in needs.items() if role.trains], features)
             likewise, known = _rehearsed_alike(recipe), {} if known is None else known
             work, activations = known[likewise] = known.get(likewise) or _rehearsed(recipe, network, method, roles)
         except (TypeError, RuntimeError) as error:
@@ -254,10 +260,10 @@ def _rehearsed(recipe: Recipe, network: NetworkSpec, method: Method[Any], roles:
         batch = _batch(method, network, micro, recipe.guidance != 1)
         for update in updates[: max((i + 1 for i, is_new in enumerate(new) if is_new), default=0)]:
             batch = batch if update.reuse else _batch(method, network, micro, recipe.guidance != 1)
-            roles.train_only(update.trains)
+            roles.train_only(update.trains, update.expert)
             with Live(held) as live, _labelled(roles, update, live):
                 if recipe.accumulate > 1:                                        # those of the micro-batches before this one
-                    for parameter in (p for name in update.trains for p in roles.parameters(name)):
+                    for parameter in (p for name in update.trains for p in roles.parameters(name) if p.requires_grad):
                         parameter.grad = torch.empty_like(parameter)
                         live.relabel(parameter.grad, GRADIENTS)
                 loss = method.loss(update, roles, batch, draws).value / recipe.accumulate
@@ -275,7 +281,8 @@ def _rehearsed(recipe: Recipe, network: NetworkSpec, method: Method[Any], roles:
 def _labelled(roles: Roles, update: Update, live: Live) -> Iterator[None]:
     """What is made in a role's call is that role's; what becomes a gradient moves to the gradients."""
     names = {(id(denoiser.network), denoiser.adapter): name for name, denoiser in roles.denoisers.items()}
-    names |= {(id(roles.module(head)), None): head for head in roles.heads}
+    others = [name for name in roles.names if name not in roles.denoisers]
+    names |= {(id(roles.module(name)), None): name for name in others}
 
     def begin(module: nn.Module, args: Any) -> None:
         live.label = names[id(module), active(module)]
@@ -287,12 +294,12 @@ def _labelled(roles: Roles, update: Update, live: Live) -> Iterator[None]:
         assert parameter.grad is not None
         live.relabel(parameter.grad, GRADIENTS)
 
-    modules = {id(module): module for module in (*(d.network for d in roles.denoisers.values()), *map(roles.module, roles.heads))}.values()
+    modules = {id(module): module for module in (*(d.network for d in roles.denoisers.values()), *map(roles.module, others))}.values()
     with ExitStack() as stack:
         for module in modules:
             stack.callback(module.register_forward_pre_hook(begin).remove)
             stack.callback(module.register_forward_hook(end).remove)
-        for parameter in (p for name in update.trains for p in roles.parameters(name)):
+        for parameter in (p for name in update.trains for p in roles.parameters(name) if p.requires_grad):
             stack.callback(parameter.register_post_accumulate_grad_hook(settle).remove)
         yield
 
@@ -301,16 +308,12 @@ def _example(network: NetworkSpec) -> tuple[Tensor, Tensor, Conditioning]:
     return torch.zeros(1, *network.shape), torch.full((1,), 0.5, dtype=torch.float64), network.condition(1, guided=False)
 
 
-def _head(roles: Roles, of: str, network: NetworkSpec) -> Discriminator:
-    denoiser = roles.denoisers[of]
-    with torch.no_grad(), tapped(denoiser.network, denoiser.taps) as features:
-        denoiser.raw(*_example(network))
-    return Discriminator(features)
-
-
 def _batch(method: Method[Any], network: NetworkSpec, size: int, guided: bool) -> Batch:
-    return Batch({name: Sample(network.condition(size, guided), torch.zeros(size, *network.shape) if isinstance(stream, Images) else None)
-                  for name, stream in type(method).data(method.cfg).items()})
+    def state(wanted: bool) -> Tensor | None:
+        return torch.zeros(size, *network.shape) if wanted else None
+
+    return Batch({name: Sample(network.condition(size, guided), x0=state(not isinstance(stream, Conditions)),
+                               z=state(isinstance(stream, Pairs))) for name, stream in type(method).data(method.cfg).items()})
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -319,10 +322,12 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 def _demand(recipe: Recipe, roles: Roles, name: str, activations: int) -> Demand:
     parameters, buffers = roles.parameters(name), list(roles.module(name).buffers())
-    weights, trains = sum(p.nbytes for p in parameters), name in roles.trains
-    moments = sum(p.numel() * (2 if recipe.optim[name].name == "adamw8bit" else 2 * p.element_size()) for p in parameters) if trains else 0
-    return Demand(sum(p.numel() for p in parameters), weights + sum(b.nbytes for b in buffers), weights if trains else 0, moments,
-                  activations)
+    module = roles.module(name)
+    moving = list(module.experts[0].parameters()) if isinstance(module, Experts) else parameters        # one at a time, all alike
+    moving = moving if name in roles.trains else []
+    moments = sum(p.numel() * (2 if recipe.optim[name].name == "adamw8bit" else 2 * p.element_size()) for p in moving)
+    weights = sum(t.nbytes for t in (*parameters, *buffers))
+    return Demand(sum(p.numel() for p in parameters), weights, sum(p.nbytes for p in moving), moments, activations)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, sample
 from stepdistill.diffusion.times import trailing
 from stepdistill.methods import METHODS, find
-from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Sample, Setup
+from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Pairs, Sample, Setup
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser, default_taps
 from stepdistill.models.load import process_of
@@ -29,29 +30,42 @@ SCHEDULERS = {
     "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
 }
 VARIANTS: dict[str, list[dict]] = {                       # other configurations of a method that must obey too
-    "dmd2": [{"gan_weight": 0.0}, {"features": "teacher"}, {"fake_updates": 2}],
-    "sid": [{"split": True, "alpha": 1.2}, {"gan_weight": 0.1, "fake_guidance": -1.0}, {"fake_guidance": 2.0, "fake_updates": 2}],
+    "add": [{"distill_weight": 0.0, "r1_weight": 0.0}],
+    "ladd": [{"disc_updates": 2, "game": "hinge", "warmup": 0, "r1_weight": 0.1}],
+    "dmd2": [{"gan_weight": 0.0}, {"features": "teacher"}, {"fake_updates": 2}, {"r1_weight": 10.0}],
+    "sid": [{"split": True, "alpha": 1.2}, {"gan_weight": 0.1, "fake_guidance": -1.0, "r1_weight": 5.0},
+            {"fake_guidance": 2.0, "fake_updates": 2}],
     "consistency": [{"target": "student", "solver": "heun", "huber": 0.0}],
-    "lcm": [{"target": "ema", "guidance": {"low": 1.0, "high": 3.0}, "points": 1000, "skip": 20, "huber": 0.0}],
+    "lcm": [{"target": "ema", "guidance": {"low": 1.0, "high": 3.0}, "points": 1000, "skip": 20, "huber": 0.0},
+            {"target": "ema", "guidance": {"low": 1.0, "high": 3.0}, "embed": True}],
+    "ctm": [{"points": 6, "solver_steps": 2, "huber": 0.1, "gamma": 0.5}, {"solver_steps": 1, "denoise_weight": 0.0}],
     "tcd": [{"target": "ema", "guidance": {"low": 1.0, "high": 3.0}, "huber": 0.0}],
     "tdd": [{"dropout": 0.0, "eta": 0.0, "huber": 0.0}],
-    "pcm": [{"gan_weight": 0.1, "guidance": {"low": 1.0, "high": 3.0}, "dropout": 0.1, "points": 20}],
+    "pcm": [{"gan_weight": 0.1, "r1_weight": 5.0, "guidance": {"low": 1.0, "high": 3.0}, "dropout": 0.1, "points": 20}],
     "ect": [{"curriculum": "ict", "huber": None}, {"q": 4.0, "double_every": 1, "huber": 0.1}],
-    "progressive": [{"start": 8}],
+    "progressive": [{"start": 8}, {"guidance": {"low": 1.0, "high": 3.0}}],
+    "rcm": [{"warmup": 0, "fake_updates": 1, "calls": 1, "derivative": "difference"}],
+    "scm": [{"warmup": 0, "velocity": "data", "weight": "even"}, {"derivative": "difference", "data_std": 1.0}],
     "swiftbrush": [{"fake_updates": 2, "dropout": 0.5}],
     "pgsb": [{"fake_updates": 2, "guidance_low": 1.0}],
     "decoupled_dmd": [{"fake_updates": 1, "ca_times": {"low": 0.02, "high": 0.98, "shift": 3.0}}],
+    "dmd": [{"match_pairs": False, "huber": 0.1}, {"reg_weight": 0.0}],
     "dp_dmd": [{"fake_updates": 2, "teacher_steps": 4, "anchor_steps": 1}],
     "tdm": [{"fake_target": "tdm", "huber": 0.0, "fake_updates": 2}],
     "imagine_flash": [{"noise": "fresh", "noise_correction": False, "teacher_steps": 2},
                       {"shifted": False, "solver": "heun", "teacher_steps": 2}],
-    "phased_dmd": [{"phases": 1, "fake_updates": 1}],
+    "phased_dmd": [{"phases": 1, "fake_updates": 1}, {"experts": False}],
 }
 LEAST = {"phased_dmd": 2}                                   # steps of a student below which a method has nothing to do
 CASES = [pytest.param(name, options, id=" ".join([name, *(f"{k}={v}" for k, v in options.items())]))
          for name in METHODS for options in ({}, *VARIANTS.get(name, []))]
 every_case = pytest.mark.parametrize(("name", "options"), CASES)
 every_kind = pytest.mark.parametrize("kind", SCHEDULERS)
+
+
+def calls(name: str, steps: int) -> int:
+    """Of a student asked for in so many steps."""
+    return 1 if find(name).one_step else max(steps, LEAST.get(name, 1))
 
 
 def make(name: str, options: Mapping, kind: str = "eps", steps: int = 1, guidance: float = 2.0) -> tuple[Method, Roles]:
@@ -64,14 +78,15 @@ def make(name: str, options: Mapping, kind: str = "eps", steps: int = 1, guidanc
     network = tiny_unet().requires_grad_(False)
     teacher = Denoiser(network, process, kind, clock, guidance, taps=default_taps(network))
     example = torch.zeros(1, 1, 8, 8), f64([0.5]), Conditioning({"class_labels": torch.zeros(1, dtype=torch.long)})
-    roles = Roles.build(cls.needs(cfg), teacher, lambda: example)
+    method = cls(cfg, Setup(process, (1, 8, 8), SamplerSpec(trailing(calls(name, steps)))))
+    roles = Roles.build(cls.needs(cfg), teacher, lambda: example, boundaries=method.sampler().boundaries)
     with torch.no_grad():                                 # start away from every fixed point
         for role in roles.names:
             if role != "teacher":
                 generator = torch.Generator().manual_seed(len(role))
                 for p in roles.parameters(role):
                     p.add_(0.02 * torch.randn(p.shape, generator=generator))
-    return cls(cfg, Setup(process, (1, 8, 8), SamplerSpec(trailing(max(steps, LEAST.get(name, 1)))))), roles
+    return method, roles
 
 
 class Watched(dict):
@@ -92,7 +107,8 @@ def data(method: Method, read: set[str] | None = None):
         for name, stream in method.data(method.cfg).items():
             labels = draws.each(f"{name}/labels").integers(3)
             cond = Conditioning({"class_labels": labels}, {"class_labels": torch.full_like(labels, 3)})
-            made[name] = Sample(cond, draws.each(f"{name}/x0").normal(1, 8, 8) if isinstance(stream, Images) else None)
+            x0, z = (draws.each(f"{name}/{part}").normal(1, 8, 8) for part in ("x0", "z"))
+            made[name] = Sample(cond, None if isinstance(stream, Conditions) else x0, z if isinstance(stream, Pairs) else None)
         return Batch(Watched(made, set() if read is None else read))
 
     return batch
@@ -128,7 +144,7 @@ def test_declarations(name, options):
         assert callable(getattr(method, f"{update.loss}_loss"))
     assert method.plan(0)[0].reuse is False, "nothing came before the first update"
     assert sum(stage.steps for stage in method.stages(37)) == 37
-    assert all(isinstance(stream, Conditions | Images) for stream in method.data(method.cfg).values())
+    assert all(isinstance(stream, Conditions | Images | Pairs) for stream in method.data(method.cfg).values())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -142,7 +158,7 @@ def test_is_one_short_file(name):
     assert cls.family
     assert f"https://arxiv.org/abs/{cls.arxiv}" in (inspect.getmodule(cls).__doc__ or "")
     source = path.read_text()
-    assert not any(f"import {other}" in source or f"methods.{other}" in source for other in METHODS if other != name)
+    assert not any(re.search(rf"(import |methods\.){other}\b", source) for other in METHODS if other != name)
     assert "accelerate" not in source
     assert "stepdistill.training" not in source
 
@@ -280,18 +296,19 @@ def test_sampler(name, options, steps):
     """As many calls as asked for, from pure noise, unguided, and the same after a trip through JSON."""
     method, _ = make(name, options, steps=steps)
     spec = method.sampler()
-    assert len(spec.times) == spec.nfe == max(steps, LEAST.get(name, 1))
+    assert len(spec.times) == spec.nfe == calls(name, steps)
     assert spec.times[0] == 1.0
     assert SamplerSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     cls = find(name)
-    own = cls(method.cfg, Setup(method.process, (1, 8, 8), SamplerSpec((1.0, 0.4), clip_x0=2.0))).sampler()
-    assert own.times == (1.0, 0.4)
+    times = (0.4,) if cls.one_step else (1.0, 0.4)
+    own = cls(method.cfg, Setup(method.process, (1, 8, 8), SamplerSpec(times, clip_x0=2.0))).sampler()
+    assert own.times == times
     assert own.clip_x0 == 2.0
 
 
 def test_unknown_method():
     with pytest.raises(ValueError, match="did you mean 'dmd2'"):
-        find("dmd")
+        find("dmd_2")
     with pytest.raises(ValueError, match="known: " + ", ".join(sorted(METHODS))):
         find("zzz")
 

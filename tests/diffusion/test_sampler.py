@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -374,3 +374,44 @@ def test_jumping_with_the_exact_segment_is_exact(name, count):
     student = MapStudent(MixtureTeacher(process), dict(zip(times, (*times[1:], 0.0), strict=True)))
     assert distance(student, process, count, 0.0)[0] < 1e-3
     assert count == 1 or distance(student, process, count, 1.0)[0] > 0.03
+
+
+# ---- students that are told more than their time
+
+@pytest.mark.parametrize(("renoise", "goals"), [(1.0, [0.0, 0.0, 0.0]), (0.0, [0.6, 0.2, 0.0]), (0.25, [0.45, 0.15, 0.0])])
+def test_each_call_is_told_where_its_step_goes(renoise, goals):
+    """Before it is noised up again; the last goes to 0. Nobody else is told."""
+    teacher, told = GaussianTeacher(PROCESSES["sd_table"]), []
+
+    class Student:
+        process = teacher.process
+
+        def __call__(self, x_t, t, cond, *, s=None, w=None):
+            told.append((s, w))
+            return teacher(x_t, t)
+
+    spec = SamplerSpec((1.0, 0.6, 0.2), renoise=renoise, guidance=3.0, inputs=("s", "w"))
+    x0 = sample(Student(), spec, None, Draws(0, range(2)), (2,))
+    assert [s.tolist() for s, _ in told] == [pytest.approx([goal, goal]) for goal in goals]
+    assert [w for _, w in told] == [3.0] * 3
+    told.clear()
+    assert torch.equal(sample(Student(), replace(spec, inputs=("w",)), None, Draws(0, range(2)), (2,)), x0)
+    assert [s for s, _ in told] == [None] * 3
+
+
+def test_specs_of_students_that_are_told():
+    spec = SamplerSpec(trailing(4), renoise=0.0, guidance=3.0, inputs=("w",))
+    assert spec.nfe == 4
+    assert replace(spec, inputs=()).nfe == 8
+    assert replace(spec, inputs=("s",)).nfe == 8
+    assert SamplerSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    old = {key: value for key, value in spec.to_dict().items() if key != "inputs"}                # written before there were any
+    assert SamplerSpec.from_dict(old).inputs == ()
+    with pytest.raises(ValueError, match="not in 2"):
+        spec.at(2)
+    assert replace(spec, inputs=("s",)).at(2) == SamplerSpec(trailing(2), renoise=0.0, guidance=3.0, inputs=("s",))
+    with pytest.raises(ValueError, match="not in 2"):
+        SamplerSpec((1.0, 0.3, 0.1), inputs=("s",)).at(2)
+    for wrong in ({"inputs": ("w", "s")}, {"inputs": ("s",), "renoise": 0.0, "solver": "heun"}):
+        with pytest.raises(ValueError, match=r"inputs must be|one jump"):
+            SamplerSpec(trailing(2), **wrong)

@@ -26,6 +26,7 @@ EULER, OWN = "FlowMatchEulerDiscreteScheduler", "FewStepScheduler"
     ("cogview3", SamplerSpec(trailing(2)), OWN),                                 # a table that neither LCM nor DDIM can build
     ("qwen-image", SamplerSpec(trailing(3)), EULER),                             # dynamic shifting: the pipeline hands its own sigmas over
     ("hidream", SamplerSpec((1.0, 0.5, 0.4, 0.1), renoise=0.5), OWN),
+    ("sana", SamplerSpec(trailing(4), clip_x0=50.0), OWN),                       # a bound that is rarely met is one
 ])
 def test_every_kind_of_pipeline_finds_one(name: str, spec: SamplerSpec, scheduler: str) -> None:
     """`plan` proves what it returns."""

@@ -5,7 +5,16 @@ import torch
 from oracles import GaussianTeacher, f64
 
 from stepdistill.diffusion.process import Trig
-from stepdistill.losses.adversarial import discriminator_loss, generator_loss, hinge_discriminator_loss, hinge_generator_loss
+from stepdistill.losses.adversarial import (
+    GAMES,
+    approximate_r1,
+    discriminator_loss,
+    feature_r1,
+    generator_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    linear_generator_loss,
+)
 
 
 def test_values():
@@ -67,3 +76,44 @@ def test_hinge():
     assert float(hinge_discriminator_loss(real=zero - 1.5, fake=zero + 1.5)) == 5
     hinge_generator_loss(d).backward()
     torch.testing.assert_close(d.grad, torch.tensor([-0.25, -0.25, -0.25, 0.0]))
+
+
+def test_linear_generator_pulls_evenly():
+    d = torch.tensor([-3.0, 0.5, 4.0], requires_grad=True)
+    assert float(linear_generator_loss(torch.full((4,), 2.0))) == -2
+    linear_generator_loss(d).backward()
+    torch.testing.assert_close(d.grad, torch.full((3,), -1 / 3))
+
+
+def test_games_pull_apart():
+    """Of both: the generator raises the logit of fakes, the discriminator lowers it and raises that of reals."""
+    for game in GAMES.values():
+        real, fake = (torch.zeros(3, requires_grad=True) for _ in range(2))
+        game.discriminator(real, fake).backward()
+        assert bool((real.grad < 0).all())
+        assert bool((fake.grad > 0).all())
+        fake.grad = None
+        game.generator(fake).backward()
+        assert bool((fake.grad < 0).all())
+
+
+def test_approximate_r1_is_the_squared_gradient():
+    """For d = w·x it is sigma²|w|² in the mean, and its gradient in w is that of the penalty: 2·sigma²·w, neither logit held."""
+    w = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    x, n = (torch.randn(200_000, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    value = approximate_r1(x @ w, (x + 0.1 * n) @ w)
+    value.backward()
+    assert float(value.detach()) == pytest.approx(0.01 * float(w.detach().square().sum()), rel=0.02)
+    torch.testing.assert_close(w.grad, 0.02 * w.detach(), rtol=0.03, atol=2e-4)
+
+
+def test_feature_r1_is_exact():
+    """d = a·f² + w·g per sample: mean |(2·a·f, w)|², differentiable in a and w; rows beyond the reals count for nothing."""
+    a, w = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, [1.0, -2.0]))
+    f, g = torch.arange(5.0, dtype=torch.float64)[:, None].requires_grad_(), torch.ones(5, 2, dtype=torch.float64, requires_grad=True)
+    value = feature_r1((a * f[:, 0] ** 2 + g @ w)[2:], [f, g])
+    torch.testing.assert_close(value, (4 * a**2 * (4 + 9 + 16) / 3 + w.square().sum()).detach())
+    value.backward()
+    torch.testing.assert_close(a.grad, 8 * a.detach() * 29 / 3)
+    torch.testing.assert_close(w.grad, 2 * w.detach())

@@ -329,6 +329,45 @@ def test_critic_halves_are_not_swapped():
     assert bool((s != r).all())                                                                     # times and noise of their own
 
 
+@pytest.mark.parametrize("features", ["fake", "teacher"])
+def test_approximate_r1_is_a_third_block_of_the_same_pass(features):
+    """Without its weight nothing is asked and nothing changes; with it one pass judges sample, picture and moved picture, noised alike."""
+    plain, moved, weighed = (dmd2(features=features, disc_weight=1.0, r1_weight=w, r1_sigma=s) for w, s in ((0, 1), (0, 9), (7, 0.3)))
+    m = unet_roles(plain)
+    batch, keyed = labelled(draws(), plain), draws()
+    without = plain.critic_loss(m, batch, keyed)
+    assert torch.equal(without.value, moved.critic_loss(m, batch, keyed).value)
+    assert "r1" not in without.log
+    with Counted(m.fake.network) as fake, Counted(m.teacher.network) as teacher:
+        loss = weighed.critic_loss(m, batch, keyed)
+    assert (fake, teacher) == (([3 * COUNT], []) if features == "fake" else ([COUNT], [3 * COUNT]))
+    r, noise, x = plain.cfg.fake_times.sample(keyed.each("real/s")), keyed.each("real/eps"), batch["real"].clean
+    net = m.fake if features == "fake" else m.teacher.plain
+    pictures = (x, x + 0.3 * keyed.each("r1").normal_like(x))
+    x_r = [TABLE.add_noise(p, noise.normal_like(p), r) for p in pictures]
+    on_real, on_near = (m.disc(net(x, r, batch["real"].cond, tap=True).features) for x in x_r)
+    torch.testing.assert_close(loss.log["r1"], (on_real - on_near).square().mean(), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(loss.value, without.value + 7 * loss.log["r1"], rtol=1e-4, atol=1e-6)
+
+
+def test_approximate_r1_flattens_the_discriminator():
+    """Where it outweighs the rest, Adam steps of the head on one batch bring it down; its gradient reaches nothing but head and encoder."""
+    method = dmd2(disc_weight=1.0, r1_weight=1e6, r1_sigma=0.3)
+    m, batch = unet_roles(method), labelled(draws(), method)
+    m.train_only(("disc", "fake"))
+    optimizer = torch.optim.Adam(m.parameters("disc"), 1e-3)
+    values = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = method.critic_loss(m, batch, draws())
+        loss.value.backward()
+        optimizer.step()
+        values.append(float(loss.log["r1"].detach()))
+    assert values[-1] < 0.2 * values[0]
+    assert not grads(m, "teacher")
+    assert not grads(m, "student")
+
+
 def four_steps(**options) -> tuple[DMD2, Roles]:
     method = dmd2(steps=4, gan_weight=0, **options)
     return method, unet_roles(method)
@@ -454,6 +493,8 @@ def test_works_through_roles_with_an_exact_teacher():
     ({"fake_updates": 0}, "fake_updates must be at least 1, got 0"),
     ({"gan_weight": -1.0}, "cannot be negative"),
     ({"disc_weight": -1.0}, "cannot be negative"),
+    ({"r1_weight": -1.0}, "r1_weight cannot be negative"),
+    ({"r1_sigma": 0.0}, "r1_sigma must be positive"),
     ({"fake_times": Uniform(0.1, 1.0)}, "must hold the range of method.times"),
     ({"fake_times": Uniform(0.001, 0.9)}, "must hold the range of method.times"),
     ({"fake_times": Uniform(0.02, 0.98, shift=5.0)}, "must hold the range of method.times"),        # the shifted ends count

@@ -90,7 +90,7 @@ def test_it_trains_resumes_and_exports(package: str, tmp_path: Path, capfd: pyte
     ("somebodys.copying:Loose", "Loose.Config must be a dataclass"),
 ])
 def test_what_is_no_method_is_told_in_one_line(package: str, name: str, message: str) -> None:
-    with pytest.raises(ValueError, match="method.name") as error:
+    with pytest.raises(ValueError, match=r"method\.name") as error:
         find(name)
     assert message in str(error.value)
     assert "\n" not in str(error.value)

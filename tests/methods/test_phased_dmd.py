@@ -1,12 +1,14 @@
 """Phased DMD: laws matched at the end of each phase, a fake score of its own for each, and the boundary between them."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from oracles import GaussianTeacher, f64
 from small import COUNT, TABLE, AffineStudent, bare, keyed, labelled, unet_roles
-from toys import Counted, FastDraws
+from tiny import final_tensors, tiny_recipe, unequal
+from toys import Counted, FastDraws, train
 
 from stepdistill.diffusion.prediction import from_x0
 from stepdistill.diffusion.process import Flow, Trig, like
@@ -15,15 +17,21 @@ from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import Uniform, trailing
 from stepdistill.losses.denoising import denoising_loss
 from stepdistill.losses.matching import dmd_scale
-from stepdistill.methods.base import Setup, Update
+from stepdistill.methods.base import Setup, Stage, Update
 from stepdistill.methods.phased_dmd import PhasedDMD, PhasedDMDConfig
+from stepdistill.models.experts import parts_of
+from stepdistill.recipe import OptimRecipe
+from stepdistill.training import checkpoint, loop
 from stepdistill.training.assemble import updates_of
 
 GRID = (1.0, 0.9, 0.75, 0.5)
 
 
-def phased(process=TABLE, shape=(1, 8, 8), times=GRID, **options) -> PhasedDMD:
-    return PhasedDMD(PhasedDMDConfig(**options), Setup(process, shape, SamplerSpec(times)))
+def phased(process=TABLE, shape=(1, 8, 8), times=GRID, phase=0, **options) -> PhasedDMD:
+    """With one student for all phases unless `experts`; with them, in the stage of `phase`."""
+    method = PhasedDMD(PhasedDMDConfig(**{"experts": False, **options}), Setup(process, shape, SamplerSpec(times)))
+    method.restore({"phase": phase})
+    return method
 
 
 def test_phases_divide_the_calls():
@@ -35,6 +43,105 @@ def test_phases_divide_the_calls():
         phased(times=(1.0,))
 
 
+def test_experts_are_the_default():
+    """One expert for each phase, one stage for each, one fake score; where one takes over from the other is the end of a phase."""
+    cfg = PhasedDMDConfig(phases=3)
+    assert {name: (role.trains, role.experts) for name, role in PhasedDMD.needs(cfg).items()} == {
+        "teacher": (False, 1), "student": (True, 3), "fake": (True, 1)}
+    method = phased(phases=3, experts=True)
+    assert method.sampler() == SamplerSpec(GRID, renoise=0.0, boundaries=(0.9, 0.75))
+    assert phased().sampler().boundaries == ()
+    assert method.stages(10) == [Stage("phase 1", 3, ("student", "fake")), Stage("phase 2", 3, ("student", "fake")),
+                                 Stage("phase 3", 4, ("student", "fake"))]
+    assert phased().stages(10) == (Stage("main", 10),)
+
+
+def test_plan_of_experts():
+    """The same in every phase, but for the expert that moves."""
+    for phase in (0, 1):
+        method, critic = phased(experts=True, fake_updates=3, phase=phase), Update("critic", ("fake",))
+        student = Update("student", ("student",), expert=phase)
+        assert [tuple(method.plan(step)) for step in range(5)] == [(student, critic), (critic,), (critic,), (student, critic), (critic,)]
+
+
+def test_the_switch_is_exact():
+    """At the grid's own times, bitwise: the call at the boundary is the lower expert's first."""
+    method = phased(experts=True)
+    m = unet_roles(method)
+    high, low = m.student.network.experts
+    told = {0: [], 1: []}
+    for i, expert in enumerate((high, low)):
+        expert.register_forward_pre_hook(lambda module, args, i=i: told[i].append(float(args[1][0])))
+    sample(m.student, method.sampler(), labelled(keyed(), method)["main"].cond, keyed(), (1, 8, 8))
+    assert [told[i] for i in (0, 1)] == [pytest.approx([999, 899]), pytest.approx([749, 499])]
+    m.student(torch.zeros(1, 1, 8, 8), f64([0.75]).nextafter(f64([1.0])), labelled(keyed(count=1), method)["main"].cond)
+    assert len(told[0]) == 3
+
+
+class Phases:
+    """What a training in two phases leaves behind, watched as it runs."""
+
+    def __init__(self, experts: bool = True, **optim):
+        self.method = phased(experts=experts, fake_updates=2)
+        self.m, self.fakes = unet_roles(self.method), []
+        self.first = self.weights()
+        recipe = {name: OptimRecipe(1e-3, betas=(0.9, 0.999), weight_decay=0.1) for name in self.m.trains}
+        train(self.method, self.m, recipe, 8, keyed, lambda draws: labelled(draws, self.method), self.look)
+        self.last = self.weights()
+
+    def weights(self):
+        return [[p.clone() for p in part.parameters()] for part in parts_of(self.m.module("student"))]
+
+    def look(self, step, update):
+        if step == 3:
+            self.middle = self.weights()
+        if update.loss == "student":
+            pairs = zip(self.m.parameters("fake"), self.m.parameters("teacher"), strict=True)
+            self.fakes.append(all(torch.equal(a, b) for a, b in pairs))
+
+
+def same(a, b):
+    return [all(torch.equal(p, q) for p, q in zip(one, other, strict=True)) for one, other in zip(a, b, strict=True)]
+
+
+def test_phases_leave_each_other_alone():
+    """Bitwise, under weight decay and momentum: phase 1 the expert of phase 2, and phase 2 that of phase 1."""
+    run = Phases()
+    assert same(run.first, run.middle) == [False, True]
+    assert same(run.middle, run.last) == [True, False]
+
+
+def test_each_phase_begins_with_the_teacher_as_its_fake_score():
+    """At the first update of the student in phase 2 and at no other; the tests' roles begin elsewhere in phase 1."""
+    assert Phases().fakes == [False, False, True, False]
+
+
+def test_a_phase_goes_on_after_a_break():
+    method = phased(experts=True, phase=1)
+    fresh = phased(experts=True)
+    fresh.restore(method.state())
+    assert (fresh.phase(3), fresh.plan(0)) == (1, method.plan(0))
+    assert fresh.plan(0)[0].expert == 1
+
+
+def test_a_run_of_experts_is_saved_averaged_and_resumed(tmp_path):
+    """Bit for bit from a checkpoint within phase 2. The average of phase 1's expert stays as it was when its phase ended."""
+    options = {"steps": 6, "checkpoint_every": 1, "keep": 6, "method__phases": 2, "method__fake_updates": 1, "student__steps": 2}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert loop.start(tiny_recipe(tmp_path, "phased_dmd", **options), whole).finished
+    saved = [checkpoint.read(path)[0] for path in checkpoint.listed(whole / loop.CHECKPOINTS)]
+    averages = [{k: v for k, v in tensors.items() if k.startswith("ema/experts.0.")} for tensors in saved]
+    assert averages[0]
+    assert unequal(averages[1], averages[2])
+    assert not unequal(averages[2], averages[5])
+    raw = {k.replace("role/student/", "ema/"): v for k, v in saved[5].items() if k.startswith("role/student/experts.0.")}
+    assert unequal(raw, averages[5])
+    shutil.copytree(whole, broken)
+    shutil.rmtree(checkpoint.listed(broken / loop.CHECKPOINTS)[-1])
+    assert loop.resume(broken).finished
+    assert unequal(final_tensors(broken), saved[5]) == []
+
+
 def test_plan():
     """Phases take turns; each moves its own fake score every turn and the student every k-th."""
     method = phased(fake_updates=3)
@@ -42,18 +149,19 @@ def test_plan():
     assert [tuple(method.plan(step)) for step in range(8)] == [
         (student, critics[0]), (student, critics[1]), *[(critics[i % 2],) for i in range(4)], (student, critics[0]), (student, critics[1])]
     assert updates_of(method, 12) == {"student": 4, "fake_1": 6, "fake_2": 6}
-    assert set(PhasedDMD.needs(PhasedDMDConfig(phases=3))) == {"teacher", "student", "fake_1", "fake_2", "fake_3"}
+    assert set(PhasedDMD.needs(PhasedDMDConfig(phases=3, experts=False))) == {"teacher", "student", "fake_1", "fake_2", "fake_3"}
 
 
 @pytest.mark.parametrize("process", [Flow(), Trig(), TABLE], ids=["flow", "trig", "table"])
 @pytest.mark.parametrize("phase", [0, 1])
-def test_gradient_on_the_states_of_a_phase(process, phase):
+@pytest.mark.parametrize("experts", [True, False])
+def test_gradient_on_the_states_of_a_phase(process, phase, experts):
     """A·(fake - teacher)/mean|x0 - teacher|/numel at x_s, by hand, of the drawn call's jump to the boundary."""
     times = (1.0, 0.5)
-    method, draws = phased(process, (3,), times), keyed(step=phase)
+    method, draws = phased(process, (3,), times, phase if experts else 0, experts=experts), keyed(step=phase)
     student, teacher = AffineStudent(process, 0.2, 0.6), GaussianTeacher(process, "v")
     fakes = {"fake_1": GaussianTeacher(process, "flow", f64(0.1), f64(0.8)), "fake_2": GaussianTeacher(process, "eps", f64(-0.3), f64(0.5))}
-    m = SimpleNamespace(student=student, teacher=teacher, **fakes)
+    m = SimpleNamespace(student=student, teacher=teacher, **fakes, fake=fakes[f"fake_{phase + 1}"])
     method.student_loss(m, bare(), draws).value.backward()
     spec, z = method.sampler(), draws.each("start").normal(3)
     step = list(steps(student, start(process, spec, z), spec, None, draws))[phase]

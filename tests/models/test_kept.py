@@ -18,7 +18,7 @@ PROMPTS = ["a red apple", "a red house"]
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21-v", "sdxl", "sd3", "lumina2", "flux-dev", "cogview4", "z-image", "deepfloyd_if",
-                                  "krea2", "wan21-video", "sdxl-edm", "sana_sprint"])
+                                  "krea2", "wan21-video", "wan22-video", "sdxl-edm", "sana_sprint"])
 def test_a_restored_recording_calls_its_network_as_before(name):
     """Packed, listed, shifted, embedded and doubled: every way of calling that a wiring knows, and pixels, latents and videos."""
     exhibit = EXHIBITS[name]
@@ -33,7 +33,7 @@ def test_a_restored_recording_calls_its_network_as_before(name):
     t, expected = torch.tensor([0.6, 0.6]), codec.decode(x_t[:1])
     recording.denoiser.guidance = 3.0 if cond.nulls is not None or recording.wiring.embeds else 1.0
     before = recording.denoiser(x_t, t, cond)
-    for part in set(pipeline.components) - {recording.component, "vae", "scheduler"}:
+    for part in set(pipeline.components) - {*recording.components, "vae", "scheduler"}:
         setattr(pipeline, part, None)
     again = learnt.restored(pipeline)
     again.denoiser.guidance = recording.denoiser.guidance

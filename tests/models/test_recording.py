@@ -7,6 +7,7 @@ import torch
 from diffusers import EDMEulerScheduler
 from zoo import basics, images, videos
 
+from stepdistill.models import parity
 from stepdistill.models.parity import forced, loop, prove
 from stepdistill.models.recording import record, usual_inputs
 from stepdistill.models.wiring import FromClock, FromCondition, FromSample, FromScale, Unrecordable, leaves_of
@@ -15,10 +16,10 @@ BOUND = 1e-4
 ZOO = {**basics.EXHIBITS, **images.EXHIBITS, **{k: v for k, v in videos.EXHIBITS.items() if k != "kandinsky5"}}
 NAMED = ("ddpm", "ddim", "dit", "sd15", "sd21-v", "sdxl", "sd3", "pixart-alpha", "pixart-sigma", "hunyuandit", "sana", "lumina2",
          "auraflow", "chroma", "cogview4", "flux-dev", "flux-schnell", "flux2", "qwen-image", "z-image", "kandinsky3",
-         "wan21", "cogvideox", "ltx", "hunyuan-video", "mochi", "latte", "animatediff",
+         "wan21", "wan22", "cogvideox", "ltx", "hunyuan-video", "mochi", "latte", "animatediff",
          "sdxl-edm", "sana_sprint", "cosmos", "cosmos2-image", "text-to-video", "ltx-condition")
 REFUSED = {
-    "wan22": "several networks", "glm_image": "made anew for every call", "qwen-image21": "made anew for every call",
+    "glm_image": "made anew for every call", "qwen-image21": "made anew for every call",
     "cosmos2-video": "a picture that the pipeline is given", "consistency_models": "a student already",
     "stable_cascade": "neither a DDPM table nor flow matching",
     "anyflow": "neither a DDPM table nor flow matching", "hunyuan_image-distilled": "timestep_r is the time of the next step"}
@@ -36,8 +37,8 @@ def leaves(recording, kind):
 @pytest.mark.parametrize("name", NAMED)
 def test_parity(name):
     recording, exhibit = recorded(name)
-    parity = prove(recording, exhibit.inputs, exhibit.other_shape or None)
-    assert parity.worst < BOUND, parity
+    proof = prove(recording, exhibit.inputs, exhibit.other_shape or None)
+    assert proof.worst < BOUND, proof
 
 
 UNFIT = {"omnigen", "stable_cascade-prior", "ltx2", "skyreels-v2-forcing",
@@ -48,8 +49,8 @@ UNFIT = {"omnigen", "stable_cascade-prior", "ltx2", "skyreels-v2-forcing",
 @pytest.mark.parametrize("name", sorted(set(ZOO) - set(NAMED) - set(REFUSED) - UNFIT))
 def test_parity_of_the_others(name):
     recording, exhibit = recorded(name)
-    parity = prove(recording, exhibit.inputs, exhibit.other_shape or None)
-    assert parity.worst < BOUND, parity
+    proof = prove(recording, exhibit.inputs, exhibit.other_shape or None)
+    assert proof.worst < BOUND, proof
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -174,6 +175,39 @@ def test_prompts_of_a_pipeline_whose_default_grid_is_for_two_steps():
     pipeline = images.EXHIBITS["sana_sprint"].build()
     inputs = usual_inputs(pipeline)(["a"])
     assert inputs == {"prompt": ["a"], "intermediate_timesteps": None}
+
+
+def test_two_networks_that_take_turns(monkeypatch):
+    """Wan 2.2: parity on both sides of the boundary and right beside it; a boundary elsewhere shows."""
+    recording, exhibit = recorded("wan22")
+    pipeline, network = recording.driven.pipeline, recording.denoiser.network
+    assert recording.components == ("transformer", "transformer_2")
+    assert list(network.experts) == [pipeline.transformer, pipeline.transformer_2]
+    (boundary,) = network.boundaries
+    assert float(recording.driven.process.sigma(torch.tensor(boundary, dtype=torch.float64))) == pytest.approx(0.875, abs=2e-6)
+    assert any("take turns, the next from t = 0.7 on down, all under one guidance" in note for note in recording.notes)
+    monkeypatch.setattr(parity, "TIMES", (boundary + 1e-4, boundary - 1e-4))
+    assert forced(recording, exhibit.inputs) < BOUND
+    network.boundaries = (boundary - 2e-4,)
+    assert forced(recording, exhibit.inputs) > 10 * BOUND
+    network.boundaries = (0.5,)
+    assert loop(recording, exhibit.inputs) > 10 * BOUND
+
+
+def test_a_guidance_of_its_own_for_the_second_network_is_refused():
+    exhibit = ZOO["wan22"]
+    with pytest.raises(Unrecordable, match="guidance_scale_2 guides the second network by a number of its own"):
+        record(exhibit.build(), lambda prompts: {**exhibit.inputs(prompts), "guidance_scale_2": 3.0})
+
+
+def test_networks_that_take_no_turns_are_refused():
+    """Time may choose between networks of one class only."""
+    exhibit = ZOO["wan22"]
+    pipeline = exhibit.build()
+    other = type("Other", (type(pipeline.transformer_2),), {})
+    pipeline.transformer_2.__class__ = other
+    with pytest.raises(Unrecordable, match=r"several networks take part \(transformer, transformer_2\)"):
+        record(pipeline, exhibit.inputs)
 
 
 def test_position_ids_and_rotary_tables_follow_the_size_of_the_state():

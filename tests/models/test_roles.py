@@ -107,6 +107,19 @@ def test_declarations_that_cannot_be_built():
         build({"teacher": Role(), "student": Role(trains=True), "disc": Role(source="head", of="critic", trains=True)})
 
 
+def test_a_network_over_pictures_is_given_and_judged():
+    """A head is built for its blocks; it is frozen whoever trains, and neither it nor the teacher belongs in a checkpoint."""
+    m = build({"teacher": Role(), "student": Role(trains=True), "eyes": Role(source="features", of="fashion"),
+               "disc": Role(source="head", of="eyes", trains=True)}, torch.float64)
+    assert m.names == ("teacher", "student", "eyes", "disc")
+    assert m.given == ("teacher", "eyes")
+    assert m.disc(m.eyes(torch.zeros(2, 1, 8, 8))).shape == (2,)
+    assert m.eyes(torch.zeros(2, 1, 8, 8))[0].dtype == next(m.disc.parameters()).dtype == torch.float64
+    m.train_only(("student", "disc"))
+    assert not any(p.requires_grad for p in m.parameters("eyes"))
+    assert not any(module.training for module in m.eyes.modules())
+
+
 def test_gradients_through_a_frozen_role_reach_its_input():
     m = build()
     m.train_only(("student",))

@@ -66,7 +66,8 @@ def test_the_planned_peak_is_the_measured_one(tmp_path: Path, family: str, lora:
     ("dmd2", {**DATA_FREE, "lora": LORA, "gradient_checkpointing": True, "batch_size": 16}),
     ("dmd2", {**DATA_FREE, "lora": LORA, "precision": "bf16", "teacher__dtype": "bfloat16"}),
     ("consistency", {}),
-], ids=["gan", "accumulate", "checkpointing", "bf16", "consistency"])
+    ("consistency", {"method__solver": "heun"}),
+], ids=["gan", "accumulate", "checkpointing", "bf16", "consistency", "heun"])
 def test_so_it_is_with_every_switch(base: Path, wide: Path, method: str, changes: dict[str, Any]) -> None:
     recipe = tiny_recipe(wide if "lora" in changes else base, method, **changes)
     real = plan.measured(recipe, loop.make_accelerator(recipe, None))

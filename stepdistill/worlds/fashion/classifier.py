@@ -7,10 +7,14 @@ He et al., 2016 (https://arxiv.org/abs/1512.03385), section 4.2, with a 1x1 proj
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stepdistill.worlds.fashion.data import CLASSES, to_model
@@ -44,6 +48,7 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
+        self.halves = stride == 2
         self.body = nn.Sequential(
             nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
             nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width),
@@ -73,3 +78,19 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.trunk(to_model(images)).mean((2, 3))
         return features, self.head(features)
+
+
+def load(folder: Path = Path(__file__).parent) -> Classifier:
+    """The classifier in a folder, frozen, in float32; by default the one that ships. ValueError where its files are damaged."""
+    config = folder / CONFIG
+    try:
+        architecture = json.loads(config.read_text())["architecture"]
+        tensors = load_file(folder / WEIGHTS)                            # fp16; copied into fp32 parameters below
+    except (KeyError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{config} or {WEIGHTS} beside it is damaged ({error}): reinstall stepdistill") from error
+    net = Classifier(Architecture.read(architecture))
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{folder / WEIGHTS} does not fit the architecture in {CONFIG}: reinstall stepdistill") from error
+    return net.eval().requires_grad_(False)

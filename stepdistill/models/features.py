@@ -1,0 +1,98 @@
+"""Frozen networks over pictures whose blocks a discriminator reads: a world's classifier, or a vision transformer from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stepdistill.models.denoiser import tapped
+from stepdistill.models.load import read_json
+from stepdistill.worlds.fashion import classifier
+
+PREPROCESSOR = "preprocessor_config.json"
+READ = 4                                                # blocks of a transformer, at even distances: 2, 5, 8, 11 of 12 (StyleGAN-T)
+
+
+class PictureFeatures(nn.Module):
+    """A frozen network and the blocks (`taps`) that are read of it.
+
+    It sees (x - mean)/std of pictures x in [-1, 1], per channel, resized to `size` (H, W); grey pictures are repeated where it has colours.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, taps: Sequence[str], size: tuple[int, int], mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.network, self.taps, self.size = network, tuple(taps), size
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+        self.requires_grad_(False).eval()
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        """Maps (B, C, H, W) or tokens (B, N, D) of pictures (B, C, H, W), differentiable in them. ValueError for the wrong channels."""
+        channels = len(self.mean)
+        if pictures.ndim != 4 or pictures.shape[1] not in (1, channels):
+            raise ValueError(f"the network of method.features reads pictures of {channels} channels, and these are "
+                             f"{tuple(pictures.shape[1:])}: choose another one")
+        x = pictures.to(self.mean).expand(-1, channels, -1, -1)
+        if x.shape[2:] != self.size:
+            x = functional.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True)
+        with tapped(self.network, self.taps) as features:
+            self.network((x - self.mean) / self.std)
+        return tuple(features)
+
+    @torch.no_grad()
+    def seen(self) -> tuple[Tensor, ...]:
+        """What it reads of one grey picture: the shapes that a discriminator is built for."""
+        return self(self.mean.new_zeros(1, len(self.mean), *self.size))
+
+
+def load_features(source: str) -> PictureFeatures:
+    """"fashion" is the classifier of that world; anything else a folder with a vision transformer of transformers (DINOv2, ViT).
+
+    Only safetensors are read and nothing is downloaded. FileNotFoundError or ValueError with the remedy.
+    """
+    if source == "fashion":
+        trunk = classifier.load().trunk
+        ends = [i - 1 for i, layer in enumerate(trunk) if isinstance(layer, classifier.Block) and layer.halves]
+        return PictureFeatures(trunk, [str(i) for i in (*ends, len(trunk) - 1)], (28, 28), (0.0,), (1.0,))
+    return _transformer(Path(source))
+
+
+def _transformer(folder: Path) -> PictureFeatures:
+    from transformers import AutoModel
+
+    for name in ("config.json", PREPROCESSOR):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"method.features: {folder} has no {name}; name 'fashion', or a folder with config.json, "
+                                    f"{PREPROCESSOR} and model.safetensors of a vision transformer (DINOv2 ViT-S in the paper)")
+    if not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"method.features: {folder} holds no safetensors, and pickled weights are not read: save the model again "
+                                "with save_pretrained")
+    try:
+        network, report = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+                                                    dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"method.features: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    lacks = [k for k in report["missing_keys"] if not k.startswith("pooler.")]       # which comes after every block that is read
+    if lacks or report["mismatched_keys"]:
+        wrong = str([*lacks, *report["mismatched_keys"]])[:200]
+        raise ValueError(f"method.features: the weights in {folder} do not fit its config: {wrong}")
+    stacks = {name: len(stack) for name, stack in network.named_modules() if isinstance(stack, nn.ModuleList)}
+    config: Any = network.config
+    if network.main_input_name != "pixel_values" or not hasattr(config, "image_size") or not stacks:
+        raise ValueError(f"method.features: {folder} holds a {type(network).__name__}, which is no vision transformer")
+    name, prepared = max(stacks, key=lambda n: stacks[n]), read_json(folder / PREPROCESSOR)
+    if missing := [key for key in ("image_mean", "image_std") if key not in prepared]:
+        raise ValueError(f"{folder / PREPROCESSOR} lacks {missing[0]}, by which pictures are normalised")
+    side, depth = config.image_size, stacks[name]
+    taps = dict.fromkeys(f"{name}.{max(1, round(depth * k / READ)) - 1}" for k in range(1, READ + 1))
+    return PictureFeatures(network, list(taps), (side, side) if isinstance(side, int) else tuple(side),
+                           [2 * m - 1 for m in prepared["image_mean"]], [2 * s for s in prepared["image_std"]])
