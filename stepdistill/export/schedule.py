@@ -206,8 +206,8 @@ def _told(driven: Driven, spec: SamplerSpec) -> Iterator[tuple[Any, dict[str, An
     if spec.times[0] < 1:                                                        # no stock scheduler starts below pure noise
         return
     if _is_stock_table(driven) and all(n.is_integer() for n in told):
-        again, grid = spec.renoise == 1, {"timesteps": [int(n) for n in told]}
-        yield (_lcm if again else _tcd)(driven, spec, driven.process.steps), grid if again else {**grid, "eta": spec.renoise}  # type: ignore[attr-defined]
+        table, times = driven.process.steps, {"timesteps": [int(n) for n in told]}                     # type: ignore[attr-defined]
+        yield (_lcm(driven, spec, table), times) if spec.renoise == 1 else (_tcd(driven, spec, table), {**times, "eta": spec.renoise})
     if isinstance(driven.scheduler, FlowMatchEulerDiscreteScheduler) and spec.renoise in (0, 1):
         sigmas = driven.process.sigma(torch.tensor(spec.times, dtype=torch.float64)).tolist()
         yield _euler(driven, spec, 1.0, None), {"sigmas": [round(sigma, 8) for sigma in sigmas]}
