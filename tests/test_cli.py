@@ -167,7 +167,7 @@ def test_bench_step(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("arguments", "words"), [
     (["train"], "name a recipe with --config ("),
     (["train", "--config", "fashion/dmd2"], "name a new folder for the run with --out"),
-    (["train", "--config", "fashion/dmd3", "--out", "OUT"], "did you mean 'fashion/dmd2'?"),
+    (["train", "--config", "fashion/dmd22", "--out", "OUT"], "did you mean 'fashion/dmd2'?"),
     (["train", "--config", "nowhere.yaml", "--out", "OUT"], "no recipe at nowhere.yaml"),
     (["train", "--config", "RECIPE", "--out", "OUT", "stesp=3"], "unknown recipe key 'stesp'; did you mean 'steps'?"),
     (["train", "--config", "RECIPE", "--out", "OUT", "steps=soon"], "steps: Input should be a valid integer"),

@@ -66,9 +66,10 @@ class Live(TorchDispatchMode):
 
 
 def alive() -> list[Tensor]:
-    """A tensor for every storage that Python can reach now."""
+    """A tensor for every storage that Python can reach now. What forward-mode products leave behind are tensors without any."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and thing.device.type != "meta"]
+    tensors = [thing for thing in gc.get_objects()
+               if issubclass(type(thing), Tensor) and thing.device.type != "meta" and torch._C._has_storage(thing)]
     return list({id(tensor.untyped_storage()): tensor for tensor in tensors}.values())
 
 

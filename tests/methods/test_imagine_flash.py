@@ -140,7 +140,8 @@ def test_exports_take_the_corrected_step(times):
     net = Denoiser(tiny_unet(), TABLE, "eps")
     cond, x = Conditioning({"class_labels": torch.tensor([0, 2])}), start(TABLE, spec, z)
     walk = list(steps(net, x, spec, cond, keyed(count=2)))
-    scheduler = few_steps(SimpleNamespace(process=TABLE, kind="eps", flip=1.0, times=lambda ts: [1000 * t - 1 for t in ts]), spec)
+    driven = SimpleNamespace(process=TABLE, kind="eps", flip=1.0, times=lambda ts: [1000 * t - 1 for t in ts], scheduler=DDPMScheduler())
+    scheduler = few_steps(driven, spec)
     for step in walk:
         with torch.no_grad():
             x = scheduler.step(net.raw(x, step.t, cond), None, x, return_dict=False)[0]
