@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from stepdistill.models.parity import Parity, prove
-from stepdistill.models.recording import Inputs, Recording, record, usual_inputs
+from stepdistill.models.recorded import Inputs, Recording
+from stepdistill.models.recording import record, usual_inputs
 from stepdistill.models.wiring import FromClock, FromCondition, FromSample, FromScale, Unrecordable, leaves_of
 
 BOUND = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}      # of parity, by the weights' precision

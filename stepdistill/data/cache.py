@@ -46,7 +46,7 @@ from stepdistill.models.kept import Kept, Learnt, pack, unpack
 from stepdistill.models.load import Teacher, is_prompted, read_json
 from stepdistill.models.prompted import LawCodec, PipelineCodec, open_pipeline
 from stepdistill.models.quantize import QuantizeRecipe
-from stepdistill.models.recording import Recording
+from stepdistill.models.recorded import Recording
 from stepdistill.models.wiring import Unrecordable, leaves_of, same
 
 INDEX, LEARNT, LOCK, BUCKETS = "index.json", "learnt.safetensors", "lock", "buckets.json"

@@ -13,7 +13,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction, from_x0
 from stepdistill.diffusion.process import NoiseProcess, like
 from stepdistill.diffusion.solver import dpmpp_2m, heun, jump
-from stepdistill.diffusion.times import trailing
+from stepdistill.diffusion.times import check_boundaries, trailing
 
 Solver = Literal["ddim", "heun", "dpmpp_2m"]
 
@@ -73,8 +73,7 @@ class SamplerSpec:
             raise ValueError(f"clip_x0 is the largest absolute value of x0 and must be positive, got {self.clip_x0}")
         if self.known_noise and (self.renoise > 0 or self.solver != "ddim"):
             raise ValueError(f"known_noise is a step of ddim: it needs that solver and renoise 0, got {self.solver} and {self.renoise}")
-        if not all(0 < b < a for a, b in zip((1.0, *self.boundaries), self.boundaries, strict=False)):
-            raise ValueError(f"boundaries between experts must fall strictly within (0, 1), got {self.boundaries}")
+        check_boundaries(self.boundaries)
         check_inputs(self.inputs)
         if "s" in self.inputs and self.solver != "ddim":
             raise ValueError(f"a student that is told where its step goes makes it in one jump: it needs solver ddim, got {self.solver}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -77,6 +79,12 @@ def neighbours(noise: Noise, points: int, skip: int = 1) -> tuple[Tensor, Tensor
     """
     n = 1 + noise.integers(points)
     return n.double() / points, (n - skip).clamp_min(0).double() / points
+
+
+def check_boundaries(boundaries: Sequence[float]) -> None:
+    """ValueError unless these times between experts fall strictly within (0, 1)."""
+    if not all(0 < later < earlier for earlier, later in pairwise((1.0, *boundaries))):
+        raise ValueError(f"boundaries between experts must fall strictly within (0, 1), got {tuple(boundaries)}")
 
 
 def trailing(count: int, shift_by: float = 1.0) -> tuple[float, ...]:

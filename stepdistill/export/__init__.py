@@ -55,7 +55,8 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.drive import Driven
 from stepdistill.models.experts import parts_of
 from stepdistill.models.load import NOTES, Teacher, Vae, is_prompted, load_pipeline, load_teacher, read_json
-from stepdistill.models.recording import SCALES, usual_inputs
+from stepdistill.models.recorded import SCALES
+from stepdistill.models.recording import usual_inputs
 from stepdistill.models.wiring import Static, Wiring
 from stepdistill.recipe import Recipe
 from stepdistill.training import checkpoint

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from stepdistill.diffusion.times import check_boundaries
+
 Call = tuple[int, Sequence[Any], Mapping[str, Any]]                       # (expert, arguments, keywords)
 
 
@@ -23,8 +25,9 @@ class Experts(nn.Module):
 
     def __init__(self, experts: Sequence[nn.Module], boundaries: Sequence[float]):
         super().__init__()
-        if len(experts) != len(boundaries) + 1 or not all(0 < b < a for a, b in zip((1.0, *boundaries), boundaries, strict=False)):
-            raise ValueError(f"{len(experts)} experts need {len(experts) - 1} boundaries that fall within (0, 1), got {tuple(boundaries)}")
+        check_boundaries(boundaries)
+        if len(experts) != len(boundaries) + 1:
+            raise ValueError(f"{len(experts)} experts need {len(experts) - 1} boundaries, got {tuple(boundaries)}")
         if len(classes := sorted({type(expert).__name__ for expert in experts})) > 1:
             raise ValueError(f"experts must be networks of one class, got {', '.join(classes)}")
         self.experts, self.boundaries = nn.ModuleList(experts), tuple(boundaries)

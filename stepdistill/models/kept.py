@@ -15,7 +15,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.drive import Driven
 from stepdistill.models.experts import boundaries_of
 from stepdistill.models.latents import LatentLaw
-from stepdistill.models.recording import Branch, Recording, network_of
+from stepdistill.models.recorded import Branch, Recording, network_of
 from stepdistill.models.wiring import FromClock, FromCondition, FromSample, FromScale, Layout, Static, Unrecordable, Wiring
 
 CLASSES = {cls.__name__: cls for cls in (Wiring, Layout, Static, FromCondition, FromSample, FromClock, FromScale, Branch)}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.models.drive import patched
-from stepdistill.models.recording import DIGITS, Recording, code, decoded
+from stepdistill.models.recorded import Recording
+from stepdistill.models.watched import DIGITS, code, decoded
 from stepdistill.models.wiring import Unrecordable
 
 

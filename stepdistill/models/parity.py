@@ -17,7 +17,7 @@ from torch import Tensor
 from stepdistill.diffusion.process import like
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.drive import Turn
-from stepdistill.models.recording import Inputs, Recording
+from stepdistill.models.recorded import Inputs, Recording
 
 PROMPTS = ("an old ship in a storm", "a blue circle")
 TIMES = (0.83, 0.41, 0.17)

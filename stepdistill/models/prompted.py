@@ -19,7 +19,8 @@ from stepdistill.models.kept import Bank, Kept
 from stepdistill.models.latents import LatentLaw, learn_latents
 from stepdistill.models.load import Codec, Teacher, load_pipeline, without_dropout
 from stepdistill.models.quantize import QuantizeRecipe
-from stepdistill.models.recording import Inputs, Recording, record, usual_inputs
+from stepdistill.models.recorded import Inputs, Recording
+from stepdistill.models.recording import record, usual_inputs
 from stepdistill.models.sizes import for_sizes
 from stepdistill.models.wiring import Unrecordable
 

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import CLOCKS, Denoiser, default_taps
 from stepdistill.models.doors import FEW_STEP, FRAMES, Door
 from stepdistill.models.drive import Driven, Turn, parameters_of
-from stepdistill.models.experts import Experts
 from stepdistill.models.guidance import LAWS
 from stepdistill.models.load import KINDS
+from stepdistill.models.recorded import SCALES, Branch, Inputs, Recording, network_of
+from stepdistill.models.watched import CODES, DIGITS, ONE_ANSWER, ONE_STATE, ZEROS, Probe, Watched, decoded
 from stepdistill.models.wiring import (
     FromClock,
     FromCondition,
@@ -33,186 +32,18 @@ from stepdistill.models.wiring import (
     Static,
     Unrecordable,
     Wiring,
-    answered,
     at,
     leaves_of,
     primary,
     same,
 )
 
-Inputs = Callable[[Sequence[str]], Mapping[str, Any]]
 PROMPTS = ("a red apple", "a cat on a mat in the sun", "snow")           # two, three and others; of unequal length
 OTHERS = ("two houses by the sea", "blue")
-SCALES = (3.0, 5.0)
-BASE = 256                                                                # digits below it are exact in bfloat16
 FIT = 1e-4                                                                # relative; of a law fitted to float32 numbers
 HALF = 5e-2                                                               # the same where the pipeline computes in half precision
-DIGITS = 4                                                                # enough for states of four thousand million elements
-ZEROS, ONE_STATE, ONE_ANSWER, CODES = 2, 3, 4, 5                          # the turns of a run before those at five times
 FIVE = (0.95, 0.75, 0.5, 0.3, 0.1)                                        # where clock and guidance are learnt
 
-
-@dataclass(frozen=True)
-class Branch:
-    """One half of the guidance: which call of a turn, and which of the `of` blocks of its rows."""
-
-    call: int
-    block: int
-    of: int
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What was learnt of a pipeline: a Denoiser, and how its condition is made.
-
-    `component` is the network's name, and `shape` that of one state as the scheduler sees it. The pipeline's guidance `keyword` is None
-    where it has none; its number plus `offset` is our w (None where the network, or the pipeline before it, embeds the number).
-    """
-
-    driven: Driven
-    denoiser: Denoiser
-    component: str
-    shape: tuple[int, ...]
-    keyword: str | None
-    offset: float | None
-    notes: tuple[str, ...]
-    branches: tuple[Branch, ...]                                          # conditional first
-    template: Any = field(repr=False)                                     # an output of the network
-    row: tuple[int, ...] = ()                                             # the shape of one row of its sample, at the recorded size
-    others: tuple[str, ...] = ()                                          # the components that answer later, where several take turns
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """The names of all networks, in the order in which a sampler meets them."""
-        return (self.component, *self.others)
-
-    @property
-    def wiring(self) -> Wiring:
-        wiring = self.denoiser.wiring
-        assert isinstance(wiring, Wiring)
-        return wiring
-
-    def w(self, number: float | None) -> float:
-        """Our guidance for the pipeline's number; 1 where it has none or embeds it itself."""
-        return 1.0 if number is None or (self.offset is None and not self.wiring.embeds) else number + (self.offset or 0.0)
-
-    def encode(self, inputs: Mapping[str, Any], batch: int, number: float = SCALES[0]) -> Conditioning:
-        """The condition of these pipeline keywords, with its null where the pipeline guides: the same run, stopped at the first step.
-
-        The pipeline's guidance number matters only where it is embedded before the network is called.
-        """
-        def answers(turn: int, call: int, component: str, arguments: Mapping[str, Any]) -> Any:
-            return None if component not in self.components else self._stub(arguments)
-
-        number = number if self.offset is None else SCALES[0]             # any that makes the pipeline guide
-        turn = self.driven.drive(inputs, number if self.keyword else None, (0.9, 0.5), only=1, answers=answers)[0]
-        calls = [call for call in turn.calls if call.component in self.components]
-        cond, *null = (self.wiring.condition(calls[b.call].arguments, b.block, b.of, batch) for b in self.branches)
-        return Conditioning(cond, {k: v for k, v in null[0].items() if not same(v, cond[k])} if null else None, self.wiring.shared)
-
-    def decode(self, x0: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """Pictures (B, H, W, C) or videos (B, F, H, W, C) in [0, 1], as the pipeline's own tail makes them of clean states."""
-        def answers(turn: int, call: int, component: str, arguments: Mapping[str, Any]) -> Any:
-            return None if component not in self.components else self._stub(arguments)
-
-        return self.driven.decode(x0, inputs, answers)
-
-    def _stub(self, arguments: Mapping[str, Any]) -> Any:
-        """An answer of zeros; at another size than the recorded one the network itself must say what shape its answer has."""
-        sample = next(at(arguments, path) for path, leaf in leaves_of(self.wiring.arguments) if isinstance(leaf, FromSample))
-        return _blank(self.template, len(sample)) if tuple(sample[0].shape) == self.row else None
-
-
-def _blank(template: Any, rows: int) -> Any:
-    first = primary(template)
-    blank = torch.zeros(rows, *first[0].shape, dtype=first[0].dtype, device=first[0].device)
-    return answered(template, list(blank.unbind()) if isinstance(first, list | tuple) else blank)
-
-
-# ---- the probes
-
-@dataclass(frozen=True)
-class _Probe:
-    """One turn of a run: our time, and which numbers the state and the network's answer hold."""
-
-    t: float
-    state: str                                                            # own, zero, one, code0.., noise
-    answer: str                                                           # network, zero, one, code0.., noise, close
-
-
-def code(rows: int, size: int, digit: int) -> Tensor:
-    """The digit of every element's own number, 1 .. rows·size, one row each."""
-    return (torch.arange(1, rows * size + 1).reshape(rows, size) // BASE**digit % BASE).float()
-
-
-def decoded(digits: Sequence[Tensor]) -> Tensor:
-    """Element numbers, from 0, of what `_code` wrote."""
-    return torch.stack([digit.round().long() * BASE**d for d, digit in enumerate(digits)]).sum(0) - 1
-
-
-def _noise(rows: int, size: int, tag: int) -> Tensor:
-    return torch.randn(rows, size, generator=torch.Generator().manual_seed(tag))
-
-
-def _filled(kind: str, rows: int, size: int, tag: int) -> Tensor:
-    if kind.startswith("code"):
-        return code(rows, size, int(kind[4:]))
-    return {"zero": torch.zeros, "one": torch.ones}[kind](rows, size) if kind != "noise" else _noise(rows, size, tag)
-
-
-class _Watched:
-    """One driven run: what was asked, and what the pipeline made of it."""
-
-    def __init__(self, recorder: Recorder, prompts: Sequence[str], scale: float | None, probes: Sequence[_Probe] = ()):
-        self.prompts, self.scale, self.probes = prompts, scale, probes or recorder.probes
-        self.templates: list[Any] = []
-        times = [probe.t for probe in self.probes]
-        self.turns = recorder.driven.drive(recorder.inputs(prompts), scale, times, states=self._state, answers=self._answer)
-
-    @property
-    def batch(self) -> int:
-        return len(self.prompts)
-
-    def _state(self, i: int, turns: Sequence[Turn]) -> Tensor:
-        previous = turns[-1].state
-        if len(previous) % self.batch:
-            raise Unrecordable(f"the state {tuple(previous.shape)} has no batch of {self.batch} in its first axis")
-        if i == ZEROS:
-            self.templates = [call.output for call in turns[1].calls]
-            if not self.templates:
-                raise Unrecordable("the pipeline calls no network between two steps of its scheduler")
-        values = _filled(self.probes[i].state, len(previous), previous[0].numel(), 7)
-        return values.reshape(previous.shape).to(previous)
-
-    def _answer(self, turn: int, call: int, component: str, arguments: Mapping[str, Any]) -> Any:
-        if self.probes[turn].answer == "network":
-            return None
-        if call >= len(self.templates):
-            raise Unrecordable(f"the pipeline calls its network {call + 1} times at one step and {len(self.templates)} times at another")
-        return answered(self.templates[call], self.rows(call, self.probes[turn].answer, self.templates[call]))
-
-    def rows(self, call: int, kind: str, template: Any) -> Any:
-        """What a call is answered: every sample's rows hold the same numbers in every branch, unless they are noise."""
-        first = primary(template)
-        count, shape = len(first), tuple(first[0].shape)
-        size = first[0].numel()
-        repeat = max(1, count // self.batch)
-        if kind in ("noise", "close"):
-            values = _noise(count, size, 100 + call)
-            if kind == "close":                                           # nearly alike and of another length: guidance makes it shorter
-                number = torch.arange(count) // self.batch + call
-                values = _noise(self.batch, size, 99).repeat(repeat, 1) * (1 + number * 0.2)[:, None] + 0.05 * values
-        else:
-            values = _filled(kind, self.batch, size, 0).repeat(repeat, 1)
-        values = values.reshape(count, *shape).to(first[0])
-        return list(values.unbind()) if isinstance(first, list | tuple) else values
-
-    def values(self, turn: int, branch: Branch) -> Mapping[str, Any]:
-        """The arguments of a branch's call."""
-        return self.turns[turn].calls[branch.call].arguments
-
-
-# ---- the recorder
 
 class Recorder:
     """Records one pipeline; `inputs(prompts)` makes the keywords of a call, without steps, guidance, noise and output."""
@@ -223,11 +54,11 @@ class Recorder:
         steps = getattr(self.driven.process, "steps", 1000)
         t = lambda part: round(part * steps) / steps                                                             # noqa: E731
         middle = t(0.5)
-        first = [_Probe(t(0.9), "own", "network"), _Probe(t(0.6), "noise", "network"), _Probe(middle, "zero", "zero"),
-                 _Probe(middle, "one", "zero"), _Probe(middle, "zero", "one"),
-                 *(_Probe(middle, f"code{d}", f"code{d}") for d in range(DIGITS))]
+        first = [Probe(t(0.9), "own", "network"), Probe(t(0.6), "noise", "network"), Probe(middle, "zero", "zero"),
+                 Probe(middle, "one", "zero"), Probe(middle, "zero", "one"),
+                 *(Probe(middle, f"code{d}", f"code{d}") for d in range(DIGITS))]
         answers = ("noise", "close", "noise", "close", "noise")
-        self.probes = [*first, *(_Probe(t(part), "noise", answer) for part, answer in zip(FIVE, answers, strict=True))]
+        self.probes = [*first, *(Probe(t(part), "noise", answer) for part, answer in zip(FIVE, answers, strict=True))]
         self.first = len(first)
         self.baked = self.coarse = False
         if self.driven.door is not None:
@@ -235,8 +66,8 @@ class Recorder:
 
     def _enter(self, door: Door) -> None:
         """Learn the frame that the network is fed in, by how much of a state reaches it, and what it predicts, by what came of it."""
-        probes = [_Probe(t, state, answer) for t in FIVE for state, answer in (("zero", "zero"), ("one", "zero"), ("zero", "one"))]
-        run = _Watched(self, PROMPTS[:2], SCALES[0], [*self.probes[:ZEROS], *probes])
+        probes = [Probe(t, state, answer) for t in FIVE for state, answer in (("zero", "zero"), ("one", "zero"), ("zero", "one"))]
+        run = self._watch(PROMPTS[:2], SCALES[0], [*self.probes[:ZEROS], *probes])
         turns = run.turns[ZEROS:]
         out = lambda i: turns[i].output[:1].double().flatten()                                                   # noqa: E731
         fed, p, q = (torch.stack(rows) for rows in zip(*(
@@ -259,6 +90,9 @@ class Recorder:
         raise Unrecordable(f"what the scheduler is given is {[round(v, 6) for v in p.tolist()]} times the network's answer and "
                            f"{[round(v, 6) for v in q.tolist()]} times the state, which fits none of {', '.join(KINDS.values())}")
 
+    def _watch(self, prompts: Sequence[str], scale: float | None, probes: Sequence[Probe] = ()) -> Watched:
+        return Watched(self.driven, self.inputs, prompts, scale, probes or self.probes)
+
     def record(self) -> Recording:
         """Raises Unrecordable, or ValueError from the pipeline's own checks."""
         for keyword in self.driven.keywords:                              # the first that guides: true guidance before an embedded number
@@ -275,11 +109,11 @@ class Recorder:
         return recording
 
     def _record(self) -> Recording:
-        two = _Watched(self, PROMPTS[:2], SCALES[0])
+        two = self._watch(PROMPTS[:2], SCALES[0])
         if self.driven.fit_frames(two.turns[0].state, two.batch):
-            two = _Watched(self, PROMPTS[:2], SCALES[0])
-        three = _Watched(self, PROMPTS, SCALES[0])
-        others, scaled = _Watched(self, OTHERS, SCALES[0]), _Watched(self, PROMPTS[:2], SCALES[1])
+            two = self._watch(PROMPTS[:2], SCALES[0])
+        three = self._watch(PROMPTS, SCALES[0])
+        others, scaled = self._watch(OTHERS, SCALES[0]), self._watch(PROMPTS[:2], SCALES[1])
         calls = two.turns[self.first].calls
         if any(len(turn.calls) != len(calls) for turn in two.turns[ZEROS:]):
             raise Unrecordable("the number of network calls changes from step to step")
@@ -318,7 +152,7 @@ class Recorder:
 
     # -- the networks
 
-    def _turns(self, run: _Watched) -> tuple[list[str], list[float]]:
+    def _turns(self, run: Watched) -> tuple[list[str], list[float]]:
         """(the components that answer, from noise on down; the times between them). Unrecordable where time alone does not choose."""
         said = [(probe.t, {call.component for call in turn.calls}) for probe, turn in zip(self.probes, run.turns, strict=True)][ZEROS:]
         answers = [(t, names.pop()) for t, names in sorted(said, key=lambda pair: pair[0], reverse=True) if len(names) == 1]
@@ -340,14 +174,14 @@ class Recorder:
         while above - below > (1e-6 if steps is None else 1.5 / steps):
             inner = [below + (above - below) * i / 9 for i in range(8, 0, -1)]
             inner = inner if steps is None else sorted({round(t * steps) / steps for t in inner} - {above, below}, reverse=True)
-            run = _Watched(self, PROMPTS[:2], SCALES[0], [*self.probes[:ZEROS], *(_Probe(t, "zero", "zero") for t in inner)])
+            run = self._watch(PROMPTS[:2], SCALES[0], [*self.probes[:ZEROS], *(Probe(t, "zero", "zero") for t in inner)])
             own = [t for t, turn in zip(inner, run.turns[ZEROS:], strict=True) if turn.calls[0].component == name]
             above, below = min([above, *own]), max([below, *set(inner).difference(own)])
         return (above + below) / 2
 
     # -- the sample
 
-    def _blocks(self, run: _Watched, call: int) -> list[Branch]:
+    def _blocks(self, run: Watched, call: int) -> list[Branch]:
         """The branches inside one call: its rows over the batch."""
         rows = {len(leaf) for leaf in self._sample_leaves(run, call)}
         if len(rows) != 1:
@@ -357,7 +191,7 @@ class Recorder:
             raise Unrecordable(f"the network sees {count} rows for a batch of {run.batch}")
         return [Branch(call, block, count // run.batch) for block in range(count // run.batch)]
 
-    def _sample_leaves(self, run: _Watched, call: int) -> list[Any]:
+    def _sample_leaves(self, run: Watched, call: int) -> list[Any]:
         found: list[Any] = []
 
         def look(zero: Any, one: Any) -> None:
@@ -373,12 +207,12 @@ class Recorder:
         look(run.turns[ZEROS].calls[call].arguments, run.turns[ONE_STATE].calls[call].arguments)
         return found
 
-    def _one_a_sample(self, run: _Watched, zero: Sequence[Any], one: Sequence[Any]) -> bool:
+    def _one_a_sample(self, run: Watched, zero: Sequence[Any], one: Sequence[Any]) -> bool:
         """A list that is the sample, cut into one tensor for every row."""
         tensors = bool(zero) and all(isinstance(v, Tensor) for v in zero)
         return tensors and len(zero) % run.batch == 0 and not same(zero, one)
 
-    def _from_sample(self, path: str, run: _Watched, leaf: Callable[[int], Any], branch: Branch) -> FromSample:
+    def _from_sample(self, path: str, run: Watched, leaf: Callable[[int], Any], branch: Branch) -> FromSample:
         """Which element of the state each element of an argument is."""
         listed = isinstance(leaf(ZEROS), list | tuple)
         rows = lambda turn: torch.stack(list(leaf(turn))).float().flatten(1) if listed else leaf(turn).float().flatten(1)   # noqa: E731
@@ -401,7 +235,7 @@ class Recorder:
 
     # -- the output
 
-    def _output(self, run: _Watched) -> tuple[Layout, float]:
+    def _output(self, run: Watched) -> tuple[Layout, float]:
         """(where the elements of the network's output go, their sign)."""
         out = lambda turn: run.turns[turn].output[: run.batch].float().flatten(1)                                # noqa: E731
         if run.turns[ZEROS].output.shape != run.turns[ZEROS].state.shape:
@@ -422,7 +256,7 @@ class Recorder:
 
     # -- guidance
 
-    def _law(self, run: _Watched, scaled: _Watched, branches: Sequence[Branch], layout: Layout,
+    def _law(self, run: Watched, scaled: Watched, branches: Sequence[Branch], layout: Layout,
              sign: float) -> tuple[list[Branch], float | None, str]:
         """(the branches, conditional first; w minus the pipeline's number; the row of guidance.LAWS)."""
         if len(branches) == 1:
@@ -438,7 +272,7 @@ class Recorder:
         raise Unrecordable("how the pipeline mixes its conditional and unconditional answers is in no row of guidance.LAWS, or changes "
                            "from step to step")
 
-    def _explains(self, run: _Watched, turn: int, cond: Branch, null: Branch, offset: float, law: str, layout: Layout,
+    def _explains(self, run: Watched, turn: int, cond: Branch, null: Branch, offset: float, law: str, layout: Layout,
                   sign: float) -> bool:
         seen = run.turns[turn].output[: run.batch].float()
 
@@ -456,7 +290,7 @@ class Recorder:
 
     # -- the arguments
 
-    def _walk(self, runs: Sequence[_Watched], order: Sequence[Branch]) -> Mapping[str, Any]:
+    def _walk(self, runs: Sequence[Watched], order: Sequence[Branch]) -> Mapping[str, Any]:
         """The argument list of a call, with the place where each of its values comes from."""
         branch = order[0]
         two, three, others, scaled = runs
@@ -464,7 +298,7 @@ class Recorder:
                 three.values(self.first, branch), others.values(self.first, branch), scaled.values(self.first, branch)]
         return self._leaf("", seen, two, branch)
 
-    def _leaf(self, path: str, seen: Sequence[Any], run: _Watched, branch: Branch) -> Any:
+    def _leaf(self, path: str, seen: Sequence[Any], run: Watched, branch: Branch) -> Any:
         a, later, zero, one, three, _, scaled = seen
         below = lambda key: f"{path}.{key}" if path else str(key)                                                # noqa: E731
         if isinstance(a, Mapping):
@@ -488,7 +322,7 @@ class Recorder:
         fixed = all(v is None or isinstance(v, bool | str) for v in seen) and all(same(a, v) for v in seen)
         return Static(a) if fixed else FromCondition(path, shared=True)
 
-    def _clock(self, path: str, run: _Watched, branch: Branch) -> FromClock:
+    def _clock(self, path: str, run: Watched, branch: Branch) -> FromClock:
         values = [at(run.values(turn, branch), path) for turn in range(self.first, len(self.probes))]
         numbers = []
         for value in values:
@@ -514,7 +348,7 @@ class Recorder:
             raise Unrecordable(f"{path} is the time of the next step: the network answers for pairs of times, a teacher for one")
         raise Unrecordable(f"the network's time {path} is linear in none of {', '.join(CLOCKS)}: {[round(v, 4) for v in numbers]}")
 
-    def _scale(self, path: str, at_first: Any, at_second: Any, branch: Branch, run: _Watched) -> FromScale | None:
+    def _scale(self, path: str, at_first: Any, at_second: Any, branch: Branch, run: Watched) -> FromScale | None:
         """Guidance as one number a sample; None where it comes as an embedding, which is then a leaf of the condition."""
         if not all(isinstance(v, Tensor | int | float) for v in (at_first, at_second)):
             raise Unrecordable(f"the argument {path} is a {type(at_first).__name__} that is made anew for every call")
@@ -591,12 +425,6 @@ def usual_inputs(pipeline: Any, **extra: Any) -> Inputs:
         return {**given, **extra}
 
     return inputs
-
-
-def network_of(pipeline: Any, components: Sequence[str], boundaries: Sequence[float]) -> nn.Module:
-    """The network of these components of a pipeline: several take turns at the boundaries."""
-    networks = [getattr(pipeline, name) for name in components]
-    return Experts(networks, boundaries) if boundaries else networks[0]
 
 
 def record(pipeline: Any, inputs: Inputs | None = None) -> Recording:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from export.test_export import distance, noises, ours, run_of, write_teacher
+from foreign import WITHOUT_US
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_prompt_export import PROMPTS, shaken
@@ -38,9 +39,8 @@ ODD = (1.0, 0.85, 0.6, 0.2)
 GRIDS = {"wan-stock": SamplerSpec(trailing(4), renoise=0.0, boundaries=(0.5,)),
          "wan-own": SamplerSpec(ODD, renoise=0.0, boundaries=(ODD[2],))}
 
-FOREIGN = """
+FOREIGN = WITHOUT_US + """
 import json, sys
-sys.modules["stepdistill"] = None
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 for job in json.load(open("jobs.json")):

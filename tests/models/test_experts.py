@@ -158,7 +158,7 @@ def test_adapters_go_to_the_blocks_of_each():
 
 @pytest.mark.parametrize(("count", "boundaries"), [(2, ()), (2, (0.5, 0.3)), (3, (0.3, 0.7)), (2, (1.0,)), (2, (0.0,))])
 def test_boundaries_that_divide_nothing(count, boundaries):
-    with pytest.raises(ValueError, match=f"{count} experts need {count - 1} boundaries that fall"):
+    with pytest.raises(ValueError, match=f"{count} experts need {count - 1} boundaries|boundaries between experts must fall"):
         Experts([nn.Linear(1, 1) for _ in range(count)], boundaries)
 
 
