@@ -1,27 +1,26 @@
-"""Opening what a user wants scored or sampled: an exported student, or the teacher of a shipped world."""
+"""Opening what a user wants scored or sampled: an exported student, a shipped world's teacher, or any teacher in a diffusers folder."""
 
 from __future__ import annotations
 
-import datetime
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from stepdistill import worlds
 from stepdistill.diffusion.sampler import SamplerSpec, Solver
 from stepdistill.diffusion.times import trailing
-from stepdistill.eval import protocol, score
-from stepdistill.eval.extractors import digest
-from stepdistill.eval.generate import generate
-from stepdistill.eval.parts import Parts, Taken
-from stepdistill.export import NO_PROTOCOL, load_student
-from stepdistill.models.load import Teacher, is_prompted, load_teacher, read_json
+from stepdistill.export import digest, load_student
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.load import NOTES, Teacher, is_prompted, load_teacher, read_json
 from stepdistill.models.prompted import PromptTeacher
+from stepdistill.training.loop import RECIPE
+
+IN_MEMORY = 256                                         # prompts whose conditions are held; of more, each is encoded when it is asked for
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class Opened:
 
     @property
     def most_at_once(self) -> int:
-        """How many pictures may share a batch: prompts that are padded together would change with their neighbours."""
-        return 1 if isinstance(self.teacher, PromptTeacher) and self.teacher.bank is None else sys.maxsize
+        """How many pictures may share a batch."""
+        return most_at_once(self.teacher)
 
     @property
     def guides(self) -> bool:
@@ -61,26 +60,45 @@ class Opened:
 
     def describe(self) -> dict[str, Any]:
         """The result file's model block: name, digest of the weights, and of a student its recipe's method, step and average."""
-        weights = sorted((self.teacher.folder / "unet").glob("*.safetensors")) or sorted(self.teacher.folder.glob("*.safetensors"))
-        notes = {key: self.teacher.notes[key] for key in ("method", "step", "ema") if key in self.teacher.notes}
-        return {"name": self.name, "is_teacher": self.is_teacher, "sha256": self.teacher.notes.get("unet_sha256") or digest(weights[0]),
-                **notes}
+        known = self.teacher.notes
+        sha256 = known.get("unet_sha256") or known.get("weights_sha256")
+        if sha256 is None:
+            inner = self.teacher.folder / self.teacher.component
+            sha256 = digest(inner if inner.is_dir() else self.teacher.folder)
+        return {"name": self.name, "is_teacher": self.is_teacher, "sha256": sha256,
+                **{key: known[key] for key in ("method", "step", "ema") if key in known}}
+
+
+def most_at_once(teacher: Teacher) -> int:
+    """How many pictures may share a batch: prompts that are padded together would change with their neighbours."""
+    return 1 if isinstance(teacher, PromptTeacher) and teacher.bank is None else sys.maxsize
 
 
 def open_model(name: str, steps: int | None = None, guidance: float | None = None, *, solver: str | None = None,
                renoise: float | None = None, shift: float | None = None, device: torch.device | str = "cpu",
-               autocast: torch.dtype | None = None, prompts: Sequence[str] = ()) -> Opened:
-    """`name` is an exported folder or "teacher:WORLD". Steps and guidance override the model's own sampler; so do solver, renoise and
-    the shift of the times for a teacher, whose own sampler is the one its model card calls its best setting. Other steps than its own
-    are equal ones unless `shift` says otherwise. `prompts` are for students of a pipeline with prompts, and for no other model."""
-    prompted = is_prompted(Path(name))
+               autocast: torch.dtype | None = None, prompts: Sequence[str] = (), call: Mapping[str, Any] | None = None) -> Opened:
+    """`name` is an exported folder, "teacher:WORLD", or a diffusers folder that holds a teacher.
+
+    Steps and guidance override the model's own sampler; so do solver, renoise and the shift of the times for a teacher, whose own sampler
+    is the one its model card calls its best setting. Other steps than its own are equal ones unless `shift` says otherwise. A teacher that
+    says nothing of a sampler is run as it is told, by DDIM unless a solver is named. `prompts` are for pipelines with prompts, and for no
+    other model; `call` are keywords of such a teacher's pipeline (height, width).
+    """
+    shipped = worlds.teacher_folder(name)
+    folder = shipped or Path(name).expanduser()
+    prompted = is_prompted(folder)
     if prompted and not prompts:
         raise ValueError(f"{name} makes pictures of prompts: give --prompt or --prompts")
     if prompts and not prompted:
-        raise ValueError(f"{name} is class-conditional and takes no prompts: name a class with --label")
-    if name.startswith("teacher:") or worlds.teacher_folder(name):
-        teacher = load_teacher(name, device=device, autocast=autocast)
-        own = SamplerSpec.from_dict(dict(teacher.notes["sampler"]))
+        raise ValueError(f"{name} is class-conditional and takes no prompts: leave them out (sample takes a class with --label)")
+    first = _telling(prompts)
+    if name.startswith("teacher:") or shipped or is_teacher(folder):
+        teacher = load_teacher(name if shipped or name.startswith("teacher:") else folder, device=device, autocast=autocast, prompts=first,
+                               call={**worlds.call_of(name), **(call or {})})
+        notes = teacher.notes.get("sampler")
+        if notes is None and (steps is None or guidance is None):
+            raise ValueError(f"{name} says nothing of how it is sampled: give --steps and --guidance (1 is none)")
+        own = SamplerSpec.from_dict(dict(notes)) if notes else SamplerSpec(trailing(steps or 1), renoise=0.0)
         if solver is not None:
             own = replace(own, solver=cast(Solver, solver), renoise=renoise or 0.0)
         elif renoise is not None:
@@ -89,7 +107,9 @@ def open_model(name: str, steps: int | None = None, guidance: float | None = Non
             own = replace(own, times=trailing(steps or len(own.times), 1.0 if shift is None else shift))
         opened = Opened(name, teacher, own, True, len(own.times))
     else:
-        student, own = load_student(Path(name), prompts=prompts, device=device, autocast=autocast)
+        if call:
+            raise ValueError("keywords of a pipeline's call are for teachers; a student is called as it was trained")
+        student, own = load_student(folder, prompts=first, device=device, autocast=autocast)
         if (solver, renoise, shift) != (None, None, None):
             raise ValueError("--solver, --renoise and --shift are for teachers; a student is sampled as it was trained")
         opened = Opened(name, student, own.at(steps) if steps else own, False, len(own.times))
@@ -97,37 +117,45 @@ def open_model(name: str, steps: int | None = None, guidance: float | None = Non
         opened = replace(opened, spec=opened.spec.guided(guidance))
     if opened.spec.guidance != 1 and not opened.guides:
         raise ValueError(f"{name} has no null class, so it cannot be guided: leave --guidance at 1")
-    return opened
+    return replace(opened, teacher=_asked(opened.teacher, prompts)) if len(first) < len(prompts) else opened
 
 
-def evaluate(model: str, protocol_name: str, count: int, to: Path, *, steps: int | None = None, guidance: float | None = None,
-             solver: str | None = None, renoise: float | None = None, shift: float | None = None, seed: int = 0,
-             batch_size: int = 100, device: torch.device | str = "cpu", quiet: bool = False) -> dict[str, Any]:
-    """Generate in fp32, score, and write the result file with features and samples beside it; returns the result.
+def is_teacher(folder: Path) -> bool:
+    """Whether a folder holds a model that is no export of ours: a shipped teacher, a pipeline, or a network beside its scheduler."""
+    notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
+    exported = (folder / RECIPE).is_file() or "method" in notes
+    return not exported and any((folder / name).is_file() for name in ("model_index.json", "scheduler_config.json"))
 
-    Finished batches are kept beside `to` meanwhile: the same call goes on where one was interrupted, and helps one that runs.
 
-    Raises ValueError or FileNotFoundError before anything is generated where model, protocol or target file are unfit.
-    """
-    exam = protocol.get(protocol_name, count, seed)
-    if to.is_dir() or to.suffix != ".json":
-        raise ValueError(f"{to} must name a .json file")
-    if is_prompted(Path(model)):
-        raise ValueError(f"{model} {NO_PROTOCOL}")
-    opened = open_model(model, steps, guidance, solver=solver, renoise=renoise, shift=shift, device=device)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    started, began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
-    sampler = {**opened.spec.to_dict(), "nfe": opened.spec.nfe}
-    meta = {"model": opened.describe(), "sampler": sampler, "protocol": exam.hash, "batch": batch_size}
-    parts = Parts.open(to.with_suffix(".parts"), meta)
-    try:
-        made = generate(opened.teacher, opened.spec, exam.count, exam.seed, batch_size=batch_size, quiet=quiet, parts=parts)
-    except Taken:
-        return read_json(to)
-    scored = score.score(made.images, made.labels, exam)
-    result = score.write_result(
-        to, exam, scored, model=opened.describe(), sampler=sampler, images=made.images,
-        speed={"ms_per_image": made.ms_per_image, "batch_size": batch_size, "precision": "fp32"}, env=score.environment(device),
-        started=started, seconds=round(time.monotonic() - began, 1))
-    parts.remove()
-    return result
+def is_model(name: str) -> bool:
+    """Whether this is to be opened as a model: it is no folder, or one that is not of pictures alone."""
+    folder = worlds.teacher_folder(name) or Path(name).expanduser()
+    return name.startswith("teacher:") or not folder.is_dir() or (folder / NOTES).is_file() or is_teacher(folder)
+
+
+def _telling(prompts: Sequence[str]) -> Sequence[str]:
+    """All prompts, or of many the shortest and the longest, which tell whether their conditions can share a batch."""
+    return prompts if len(prompts) <= IN_MEMORY else (min(prompts, key=len), max(prompts, key=len))
+
+
+def _asked(teacher: Teacher, prompts: Sequence[str]) -> Teacher:
+    """The teacher of the few prompts it was opened with, for all of them."""
+    assert isinstance(teacher, PromptTeacher)
+    bank = teacher.bank and Encoded(teacher, tuple(prompts))
+    return replace(teacher, prompts=tuple(prompts), classes=len(prompts), bank=bank)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Conditions of many prompts, each encoded alone when it is asked for: tens of thousands would fill the memory."""
+
+    teacher: PromptTeacher
+    prompts: tuple[str, ...]
+
+    def slice(self, rows: Tensor) -> Conditioning:
+        """Of these numbers of prompts (B,). ValueError where the conditions cannot share a batch after all."""
+        teacher = self.teacher
+        parts = [teacher.recording.encode(teacher.inputs([self.prompts[i]]), 1, teacher.denoiser.guidance) for i in rows.tolist()]
+        if not all(parts[0].joins(part) for part in parts):
+            raise ValueError(f"the conditions of prompts of {teacher.folder} differ in shape and cannot share a batch: use --batch-size 1")
+        return Conditioning.stack(parts)

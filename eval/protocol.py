@@ -5,27 +5,51 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from typing import Protocol as Interface
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stepdistill.eval.extractors import digest, fashion_file
+from stepdistill.eval.extractors import fashion_file
 from stepdistill.eval.metrics import Moments, frechet
+from stepdistill.eval.weights import digest
 from stepdistill.worlds.fashion import classifier, data
 
 REFERENCE = "reference.safetensors"                     # in the fashion world; written by scripts/make_reference.py
 BATCH = 250                                             # pictures per call of the extractor, here and in the reference
+PRECISION = "float32, TF32 off"                         # of the extractors
+
+
+View = Literal["whole", "patch"]                        # of a picture: cropped and resized as the protocol says, or its middle as it is
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a number comes about: its kind (a key of `measures.KINDS`), and the extractor that looks at which view of the pictures."""
+
+    kind: str
+    extractor: str
+    view: View = "whole"
+    convention: str = ""                                # of a CLIP score, and of what LPIPS is fed
+
+    @property
+    def key(self) -> str:
+        """What its features are kept under."""
+        return self.extractor if self.view == "whole" else f"{self.extractor}.{self.view}"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that a score depends on except the model and its sampler."""
+    """Everything that a score depends on except the model and its sampler.
+
+    A field with a default is left out of the hash and of the file while it has it, so that protocols of before it keep theirs.
+    """
 
     name: str
     dataset: str
@@ -33,23 +57,36 @@ class Protocol:
     reference_sha256: str
     count: int                                          # generated pictures
     seed: int                                           # sample i is made from (seed, i)
-    resolution: int
-    labels: str                                         # class of sample i
-    classes: int
+    resolution: int                                     # of the model's pictures; 0: what it makes
+    labels: str                                         # class or prompt of sample i
+    classes: int                                        # 0: none, or prompts
     extractor: str
     extractor_sha256: str
     metrics: tuple[str, ...]
     groups: int                                         # of the jackknife, each of whole rounds of labels
-    quantise: str = "round"
-    batch_size: int = BATCH
-    precision: str = "float32, TF32 off"
-    frechet_reference: str = "train moments"
-    set_reference: str = "10,000 test pictures"         # of kid, precision and recall
-    neighbours: int = 3
-    recall_sets: int = 5
+    quantise: str
+    batch_size: int
+    precision: str
+    frechet_reference: str
+    set_reference: str                                  # of kid, precision and recall
+    neighbours: int
+    recall_sets: int
+    measures: tuple[Measure, ...] = ()                  # behind each of the metrics; none: KIND_EXTRACTOR is the metric's name
+    further_extractors: tuple[tuple[str, str], ...] = ()        # besides the first: names and digests
+    crop: str = "none"                                  # centre: to the short side
+    metric_size: int = 0                                # side of the pictures that are judged; 0: as they are
+    filter: str = "lanczos"                             # by which they come to it
+    prompts: int = 0                                    # sample i has prompt i mod prompts
+    prompts_sha256: str = ""
+    cover_neighbours: int = 5                           # of density and coverage
+    variety: tuple[int, int] = (0, 0)                   # prompts (or classes) and seeds of each that variety is told from
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "metrics": list(self.metrics)}
+        """Plain JSON values."""
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default}
+        if self.measures:
+            told["measures"] = [asdict(measure) for measure in self.measures]
+        return {name: _listed(value) for name, value in told.items()}
 
     @property
     def hash(self) -> str:
@@ -59,10 +96,45 @@ class Protocol:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Protocol:
         """The inverse of `to_dict`; ValueError for keys of another version."""
-        if set(values) != {f.name for f in fields(cls)}:
-            odd = sorted(set(values) ^ {f.name for f in fields(cls)})
+        known, needed = {f.name for f in fields(cls)}, {f.name for f in fields(cls) if f.default is MISSING}
+        if odd := sorted((set(values) - known) | (needed - set(values))):
             raise ValueError(f"a protocol of another version (differs in {', '.join(odd)}): score the model again")
-        return cls(**{**values, "metrics": tuple(values["metrics"])})
+        told = {name: _tupled(value) for name, value in values.items() if name != "measures"}
+        return cls(**told, measures=tuple(Measure(**each) for each in values.get("measures", ())))
+
+    @property
+    def plan(self) -> dict[str, Measure]:
+        """How each metric comes about, by its name."""
+        plain = (Measure(name.split("_")[0], self.extractor) for name in self.metrics)
+        return dict(zip(self.metrics, self.measures or plain, strict=True))
+
+    def only(self, kinds: Collection[str]) -> Protocol:
+        """The same with the measures of these kinds alone."""
+        kept = {name: measure for name, measure in self.plan.items() if measure.kind in kinds}
+        return replace(self, metrics=tuple(kept), measures=tuple(kept.values()) if self.measures else ())
+
+    @property
+    def extractors(self) -> dict[str, str]:
+        """Name to digest, the first one first."""
+        return {self.extractor: self.extractor_sha256, **dict(self.further_extractors)}
+
+    @property
+    def turns(self) -> int:
+        """Sample i has the class or the prompt i mod turns."""
+        return max(1, self.prompts or self.classes)
+
+    @property
+    def strata(self) -> int:
+        """How many kinds of samples every group of the jackknife holds equally many of."""
+        return max(1, self.classes)
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value
 
 
 def hash_of(values: dict[str, Any]) -> str:
@@ -76,9 +148,25 @@ def differing_fields(a: Protocol | dict[str, Any], b: Protocol | dict[str, Any])
     return {k: (left.get(k), right.get(k)) for k in sorted(set(left) | set(right)) if left.get(k) != right.get(k)}
 
 
+def told_apart(a: Protocol | dict[str, Any], b: Protocol | dict[str, Any]) -> str:
+    """The fields that differ with their values, long ones cut, in one line."""
+    short = lambda value: text if len(text := repr(value)) <= 24 else f"{text[:20]}..."                       # noqa: E731
+    return "; ".join(f"{name}: {short(x)} and {short(y)}" for name, (x, y) in differing_fields(a, b).items())
+
+
+class Real(Interface):
+    """Real data as an extractor saw it: moments of all pictures, and features (M, d) of those that kernels and neighbours look at."""
+
+    @property
+    def train(self) -> Moments: ...
+
+    @property
+    def test_features(self) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Reference:
-    """Real data as the extractor saw it: moments of all pictures, features (10000, d) and labels (10000,) of the test pictures and of a
+    """Real data of a world with classes: moments of all pictures, features (10000, d) and labels (10000,) of the test pictures and of a
     fixed subset of the training pictures."""
 
     train: Moments
@@ -115,27 +203,67 @@ def _shipped(name: str, remedy: str) -> str:
 def fashion(count: int, seed: int) -> Protocol:
     """Fashion-MNIST: Frechet to all training pictures; kernel distance, precision and recall to the test pictures; accuracy of labels."""
     classes = len(data.CLASSES)
-    if count < 5 * classes:
-        raise ValueError(f"protocol 'fashion' needs at least {5 * classes} pictures for its error bars, got {count}: raise the count")
     return Protocol(
         name="fashion", dataset="Fashion-MNIST 28x28", reference="fashion train 60000, test 10000",
         reference_sha256=_shipped(REFERENCE, "scripts/make_reference.py"),
         count=count, seed=seed, resolution=28, labels=f"i mod {classes}", classes=classes,
         extractor="fashion", extractor_sha256=_shipped(classifier.WEIGHTS, "scripts/train_classifier.py"),
         metrics=("frechet_fashion", "kid_fashion", "precision_fashion", "recall_fashion", "accuracy_fashion"),
-        groups=min(25, count // classes),
+        groups=groups_of("fashion", count, classes), quantise="round", batch_size=BATCH, precision=PRECISION,
+        frechet_reference="train moments", set_reference="10,000 test pictures", neighbours=3, recall_sets=5,
     )
 
 
-PROTOCOLS: dict[str, Callable[[int, int], Protocol]] = {"fashion": fashion}
+def groups_of(name: str, count: int, classes: int = 1) -> int:
+    """Groups of the jackknife; ValueError where there are too few pictures for five."""
+    least = max(classes, 2)
+    if count < 5 * least:
+        raise ValueError(f"protocol {name!r} needs at least {5 * least} pictures for its error bars, got {count}: raise the count")
+    return min(25, count // least)
+
+
+@dataclass(frozen=True)
+class World:
+    """The exam of a shipped world: its protocol of a count and a seed, its real data, and its prompts where it has no classes.
+
+    `reference` gives real data by `Measure.key`; a protocol takes the first of the prompts, whose `groups` are told apart. `count` is how
+    many pictures are made where nobody says.
+    """
+
+    protocol: Callable[[int, int], Protocol]
+    reference: Callable[[], Mapping[str, Real]]
+    prompts: Callable[[], tuple[str, ...]] = tuple
+    groups: Callable[[], tuple[str, ...]] = tuple
+    count: int = 10_000
+
+
+def _emoji(held_out: bool, count: int) -> World:
+    def exam() -> Any:                                  # read when it is asked for: it needs packages that most do without
+        from stepdistill.eval import emoji
+
+        return emoji
+
+    return World(lambda count, seed: exam().protocol(held_out, count, seed), lambda: exam().reference(held_out),
+                 lambda: exam().prompts(held_out), lambda: exam().groups(held_out), count)
+
+
+PROTOCOLS: dict[str, World] = {
+    "fashion": World(fashion, lambda: {"fashion": fashion_reference()}),
+    "emoji": _emoji(held_out=False, count=3400), "emoji-held-out": _emoji(held_out=True, count=380),
+}
 
 
 def get(name: str, count: int = 10000, seed: int = 0) -> Protocol:
-    """A registered protocol; ValueError naming the nearest one for an unknown name."""
+    """The protocol of a shipped world; ValueError naming the nearest one for an unknown name."""
     if name not in PROTOCOLS:
-        near = difflib.get_close_matches(name, PROTOCOLS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"no protocol {name!r}: did you mean {near!r}? There are {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name](count, seed)
+        raise unknown(name, PROTOCOLS)
+    return PROTOCOLS[name].protocol(count, seed)
+
+
+def unknown(name: str, known: Collection[str]) -> ValueError:
+    """What to raise for a protocol that there is not."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return ValueError(f"no protocol {name!r}: did you mean {near!r}? There are {', '.join(known)}")
 
 
 def floor() -> float:

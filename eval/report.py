@@ -1,4 +1,8 @@
-"""Results of one protocol side by side: report.md, report.json, quality_vs_nfe.png, samples.png."""
+"""Results of one protocol side by side: report.html, report.md, report.json, quality_vs_nfe.png, samples.png.
+
+A difference is claimed where it is beyond two paired standard errors and its 95 % interval on one side of zero. Where there is no paired
+error, as of recall or of a row whose features were not kept, nothing is claimed.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
-from stepdistill.eval import metrics, score
+from stepdistill.eval import alignment, benchmarks, breakdown, charts, curves, measures, metrics, page, provenance, score
+from stepdistill.eval.measures import KINDS, Found, Kind, Seen
 from stepdistill.eval.metrics import Estimate
-from stepdistill.eval.protocol import Protocol, differing_fields, fashion_reference
+from stepdistill.eval.protocol import Protocol, fashion_reference, told_apart
+from stepdistill.eval.tables import arrow, delta, enough, markdown, number, plural
+from stepdistill.images import grid, save_png
 from stepdistill.worlds.fashion.data import CLASSES
 
-INK, GREY, TEACHER = "#1f2933", "#8a94a0", "#52606d"
-COLOURS = ("#0b6e99", "#d1495b", "#2e933c", "#b8741a", "#7b4ea3", "#00798c", "#8c5e58", "#5f6caf")
-BETTER = {"frechet": "↓", "kid": "↓", "precision": "↑", "recall": "↑", "accuracy": "↑"}
-PER_CLASS = 2                                           # columns of each class in samples.png
+SHOWN = 8                                               # pictures of each row, where they have no classes
+FEW = 3                                                 # comparisons that need no correction for their number
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,39 @@ class Row:
 
     @property
     def ms(self) -> float:
+        """Milliseconds per picture."""
         return float(self.result["speed"]["ms_per_image"])
+
+    @property
+    def series(self) -> str:
+        """What it shares with the same model at other numbers of steps."""
+        guidance = float(self.result["sampler"].get("guidance", 1.0))
+        return self.model if guidance == 1 else f"{self.model}, w = {guidance:g}"
 
     def metric(self, name: str) -> dict[str, Any]:
         return self.result["metrics"][name]
 
+    def estimate(self, name: str) -> Estimate:
+        """The same as an Estimate."""
+        block = self.metric(name)
+        return Estimate(**{**block, "ci95": tuple(block["ci95"])})
 
-def compare(results: list[Path], to: Path) -> dict[str, Any]:
-    """Write the report into the folder `to`; returns report.json's content.
+    def features(self) -> dict[str, Tensor] | None:
+        """What the result kept beside it: features (N, d), labels (N,), and where a classifier answered `predicted` (N,)."""
+        return score.read_tensors(score.features_path(self.path, self.result["protocol"]["extractor"]), self.result)
 
-    Raises ValueError for results of unequal protocols, naming the fields that differ. Teachers come first, the one of most steps (and
-    of those the best) at the head; every paired difference is to that first row.
+    def pictures(self) -> Tensor | None:
+        """Its first pictures, uint8 (n, C, H, W)."""
+        tensors = score.read_tensors(self.path.with_name(self.result["samples"]), self.result) if self.result["samples"] else None
+        return None if tensors is None else tensors["images"]
+
+
+def compare(results: list[Path], to: Path, runs: Sequence[Path] = ()) -> dict[str, Any]:
+    """Write the report into the folder `to`, with the training curves of `runs`; returns report.json's content.
+
+    Raises ValueError for results of unequal protocols, naming the fields that differ, and FileNotFoundError or ValueError for a result or a
+    run that is none. Teachers come first, the one of most steps (and of those the best) at the head; every paired difference is to that
+    first row.
     """
     if to.exists() and not to.is_dir():
         raise ValueError(f"{to} is a file: name a folder with --to")
@@ -67,25 +90,27 @@ def compare(results: list[Path], to: Path) -> dict[str, Any]:
         raise ValueError(f"{repeated[0]} is named twice: name each result once")
     loaded = [(path, score.read_result(path)) for path in results]
     _refuse_mixed(loaded)
+    trainings = [curves.read(run) for run in runs]
     rows = arrange(loaded)
-    names = list(rows[0].result["metrics"])
-    report: dict[str, Any] = {
-        "protocol": rows[0].result["protocol"], "protocol_hash": rows[0].result["protocol_hash"], "first": rows[0].label,
-        "rows": [{"label": row.label, "result": str(row.path), "is_teacher": row.is_teacher, "nfe": row.nfe, "ms_per_image": row.ms,
-                  "metrics": row.result["metrics"], "difference": difference}
-                 for row, difference in zip(rows, differences(rows), strict=True)],
-    }
+    report = {**gather(rows), "runs": [training.to_dict() for training in trainings]}
+    pictures = [(row.label, images) for row in rows if (images := row.pictures()) is not None]
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary = to.with_name(f".{to.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        plot_quality(rows, names[0]).savefig(temporary / "quality_vs_nfe.png", dpi=160)
-        pictures = [(row, images) for row in rows if (images := _samples(row)) is not None]
-        if pictures:
-            plot_samples(pictures).savefig(temporary / "samples.png", dpi=160)
+        head, count = next(iter(rows[0].result["metrics"])), report["protocol"]["count"]
+        title = f"{head}, {'lower' if arrow(head) == '↓' else 'higher'} is better ({count:,} pictures, bars: 95 % of the generated sample)"
+        if points := charts.points(report["rows"], "nfe"):
+            charts.plot_quality(points, charts.NFE, title).savefig(temporary / "quality_vs_nfe.png", dpi=160)
+        if pictures and (names := report["classes"]["names"]):
+            charts.plot_samples(pictures, names).savefig(temporary / "samples.png", dpi=160)
+        elif pictures:
+            alike = [images[:SHOWN] for _, images in pictures if images.shape[1:] == pictures[0][1].shape[1:]]
+            save_png(grid(torch.cat(alike), SHOWN), temporary / "samples.png")
         (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        (temporary / "report.md").write_text(markdown(report, names, with_samples=bool(pictures)))
+        (temporary / "report.md").write_text(markdown(report, with_samples=bool(pictures)), encoding="utf-8")
+        (temporary / "report.html").write_text(page.html(page.assemble(report, pictures, trainings)), encoding="utf-8")
         to.mkdir(exist_ok=True)
         for file in sorted(temporary.iterdir()):
             os.replace(file, to / file.name)
@@ -98,8 +123,7 @@ def _refuse_mixed(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:
     head, first = loaded[0]
     for path, result in loaded[1:]:
         if result["protocol_hash"] != first["protocol_hash"]:
-            fields = differing_fields(first["protocol"], result["protocol"])
-            told = "; ".join(f"{name}: {a!r} and {b!r}" for name, (a, b) in fields.items())
+            told = told_apart(first["protocol"], result["protocol"])
             raise ValueError(f"{head} and {path} were scored under different protocols ({told}): score both under one")
         if list(result["metrics"]) != list(first["metrics"]):
             raise ValueError(f"{head} and {path} hold different metrics: score both again with one version")
@@ -112,7 +136,7 @@ def arrange(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> list[Row]:
         sampler, is_teacher = result["sampler"], bool(result["model"].get("is_teacher", False))
         model = "teacher" if is_teacher else short[str(result["model"]["name"])]
         steps = len(sampler.get("times", ())) or sampler["nfe"]
-        label = f"{model}, {steps} step{'s' if steps != 1 else ''}"
+        label = f"{model}, {steps} step{'s' if steps != 1 else ''}" if steps else model
         guidance = float(sampler.get("guidance", 1.0))
         rows.append(Row(path, model, label if guidance == 1 else f"{label}, w = {guidance:g}", steps, is_teacher, result))
     labels = [row.label for row in rows]
@@ -132,183 +156,161 @@ def _short_names(names: Collection[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def differences(rows: Sequence[Row]) -> list[dict[str, Any] | None]:
-    """Paired difference of each row to the first, by metric, where both kept their features; None for the first row."""
-    kept = [score.read_tensors(score.features_path(r.path, r.result["protocol"]["extractor"]), r.result) for r in rows]
-    first = kept[0]
-    out: list[dict[str, Any] | None] = [None]
-    if len(rows) == 1:
-        return out
-    protocol = Protocol.from_dict(rows[0].result["protocol"])
-    reference = fashion_reference()
+# ----------------------------------------------------------------------------------------------------------------------- what is compared
 
-    def prepared(kind: str, make: Callable[[Tensor], Any], subtract: Callable[[Any, Any], Estimate]) -> dict[str, list[Estimate | None]]:
-        name = next((n for n in protocol.metrics if n.startswith(kind)), None)
-        if name is None or first is None:
-            return {}
-        head = make(first["features"])
-        return {name: [None if t is None else subtract(make(t["features"]), head) for t in kept[1:]]}
 
-    table = prepared("frechet", lambda f: score.groups(f, protocol), lambda a, b: metrics.paired_frechet(a, b, reference.train))
-    table |= prepared("kid", lambda f: score.kernel_sums(f, protocol, reference), metrics.paired_kid)
-    if first is not None and "predicted" in first:
-        hits = [None if t is None else t["predicted"] == t["labels"] for t in kept]
-        name = next(n for n in protocol.metrics if n.startswith("accuracy"))
-        table[name] = [None if h is None else metrics.paired_accuracy(h, hits[0]) for h in hits[1:]]
-    for i in range(len(rows) - 1):
-        blocks = {name: e.to_dict() for name, column in table.items() if (e := column[i]) is not None}
-        out.append({name: {"delta": b["value"], **{k: b[k] for k in ("corrected", "se", "ci95")}} for name, b in blocks.items()})
+@dataclass(frozen=True)
+class Pairing:
+    """What a metric's paired differences are made of: what each row left (None for one without features), and how two are subtracted."""
+
+    kind: Kind
+    made: Sequence[Found | None]
+
+    def difference(self, row: int, other: int) -> Estimate | None:
+        """Row minus other; None where one has nothing to subtract."""
+        a, b = self.made[row], self.made[other]
+        return None if a is None or b is None else self.kind.paired(a, b)
+
+    def wins(self, row: int, other: int) -> breakdown.Wins | None:
+        """On samples that are right or wrong, or on prompts that have a value; None where the metric knows neither."""
+        a, b = (None if found is None else found.values for found in (self.made[row], self.made[other]))
+        if a is None or b is None or (a.dtype != torch.bool and self.kind.unit == "sample"):
+            return None
+        return breakdown.wins(a > b, a < b)
+
+
+def pairings(rows: Sequence[Row]) -> dict[str, Pairing]:
+    """By metric, of those that leave something to subtract; empty for a single row."""
+    if len(rows) < 2:
+        return {}
+    protocol, out = Protocol.from_dict(rows[0].result["protocol"]), {}
+    kept = [None if (tensors := row.features()) is None else _completed(tensors, protocol) for row in rows]
+    for name, measure in protocol.plan.items():
+        found = [None if tensors is None else measures.unpacked(tensors, name, row.estimate(name))
+                 for row, tensors in zip(rows, kept, strict=True)]
+        made = [None if one is None or (one.left is None and one.values is None) else one for one in found]
+        if any(made):
+            out[name] = Pairing(KINDS[measure.kind], made)
     return out
 
 
-def _samples(row: Row) -> Tensor | None:
-    tensors = score.read_tensors(row.path.with_name(row.result["samples"]), row.result) if row.result["samples"] else None
-    return None if tensors is None else tensors["images"]
+def _completed(kept: dict[str, Tensor], protocol: Protocol) -> dict[str, Tensor]:
+    """Features with what pairs them, which results from before it was kept lack: those are of the fashion world."""
+    if protocol.name != "fashion" or any(key.startswith(("left/", "values/")) for key in kept):
+        return kept
+    found = {name: KINDS[measure.kind].find(Seen(protocol, measure, kept["labels"], kept["features"], real=fashion_reference()))
+             for name, measure in protocol.plan.items() if measure.kind in ("frechet", "kid", "precision")}
+    hits = {f"values/{name}": kept["predicted"] == kept["labels"]
+            for name, measure in protocol.plan.items() if measure.kind == "accuracy" and "predicted" in kept}
+    return {**kept, **measures.packed(found), **hits}
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- the page
+def judge(name: str, difference: Estimate, pictures: int | None = None, p: float = 0.0) -> str:
+    """What a paired difference shows: better or worse where it is beyond two standard errors and its interval, and made of enough pictures
+    (its samples unless told), else undecided. `p` is its p value where it is one of many, which must not be above 0.05."""
+    low, high = difference.ci95
+    if not enough(pictures or difference.n) or p > 0.05 or abs(difference.corrected) <= 2 * difference.se or low <= 0 <= high:
+        return "undecided"
+    return "better" if (difference.corrected > 0) == (arrow(name) == "↑") else "worse"
 
 
-def number(value: float, se: float) -> str:
-    """Digits down to the second of the error."""
-    places = 4 if se <= 0 else max(0, min(6, 1 - int(torch.tensor(se).log10().floor())))
-    return f"{value:.{places}f} ± {se:.{places}f}"
+def differences(rows: Sequence[Row], paired: Mapping[str, Pairing]) -> list[dict[str, Any] | None]:
+    """Paired difference of each row to the first, by metric, where both kept their features; None for the first row.
+
+    Of more than FEW such rows each difference has a p value, too, adjusted for their number (Holm).
+    """
+    count, out = rows[0].result["protocol"]["count"], []
+    found = {str(i): {name: e for name, pairing in paired.items() if (e := pairing.difference(i, 0)) is not None}
+             for i in range(1, len(rows))}
+    many = {name: alignment.holm({row: alignment.p_value(each[name]) for row, each in found.items() if name in each})
+            for name in paired} if len(found) > FEW else {}
+    for row, each in found.items():
+        p = {name: many[name][row] for name in each if many}
+        out.append({name: {"delta": e.value, "corrected": e.corrected, "se": e.se, "ci95": list(e.ci95),
+                           "verdict": judge(name, e, count, p.get(name, 0.0)), **({"p_holm": p[name]} if many else {})}
+                    for name, e in each.items()})
+    return [None, *out]
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+def best(rows: Sequence[Row], name: str, pairing: Pairing) -> int | None:
+    """The row that is better than every other one by `judge`, if one is."""
+    sign, count = 1 if arrow(name) == "↑" else -1, rows[0].result["protocol"]["count"]
+    top = max(range(len(rows)), key=lambda i: sign * rows[i].metric(name)["value"])
+    found = [pairing.difference(top, i) for i in range(len(rows)) if i != top]
+    return top if all(e is not None and judge(name, e, count) == "better" for e in found) else None
 
 
-def markdown(report: dict[str, Any], names: Sequence[str], with_samples: bool) -> str:
-    """The page: what was measured, the table, the differences, the pictures."""
-    protocol = report["protocol"]
-    heads = ["model", "NFE", *(f"{name} {BETTER[name.split('_')[0]]}" for name in names), "ms / image"]
-    lines = [
-        f"# {protocol['name']}: {protocol['count']:,} pictures, seed {protocol['seed']}", "",
-        f"Protocol `{report['protocol_hash']}`. Values are what the formula gives on all pictures, ± one standard error of the generated "
-        "sample (one training run each; the spread between training runs is not in it). NFE counts both halves of guidance.", "",
-        _line(heads), f"|:--|{'--:|' * (len(heads) - 1)}",
-    ]
-    for row in report["rows"]:
-        cells = [row["label"], str(row["nfe"]), *(number(row["metrics"][n]["value"], row["metrics"][n]["se"]) for n in names)]
-        lines.append(_line([*cells, f"{row['ms_per_image']:.2f}"]))
-    compared = [row for row in report["rows"] if row["difference"]]
-    if compared:
-        shown = [n for n in names if n in compared[0]["difference"]]
-        lines += ["", f"## Difference to {report['first']}", "",
-                  "Same noise, same labels, same groups, so what both models share cancels. In brackets the 95 % interval, which stands "
-                  "around the difference without its bias.", "",
-                  _line(["model", *shown]), f"|:--|{'--:|' * len(shown)}"]
-        for row in compared:
-            cells = []
-            for block in (row["difference"][name] for name in shown):
-                places = number(0, block["se"]).split(" ")[0].partition(".")[2]
-                low, high = (f"{x:+.{len(places)}f}" for x in block["ci95"])
-                cells.append(f"{number(block['delta'], block['se'])} [{low}, {high}]")
-            lines.append(_line([row["label"], *cells]))
-    lines += ["", f"![{names[0]} against network evaluations](quality_vs_nfe.png)"]
-    lines += ["", "![samples of every model from the same seeds](samples.png)"] if with_samples else []
-    return "\n".join(lines) + "\n"
+def _wins(paired: Mapping[str, Pairing], row: int) -> dict[str, Any]:
+    """Of a row against the first, by metric, where samples or prompts can be won."""
+    return {name: {"ahead": won.ahead, "behind": won.behind, "decided": won.decided,
+                   "win_rate": won.share and won.share.value, "ci95": won.share and list(won.share.ci95)}
+            for name, pairing in paired.items() if (won := pairing.wins(row, 0)) is not None}
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- pictures
+def _judged(row: Row, first: Row) -> dict[str, Any]:
+    """What outside judges said of a row, each with its paired difference to the first row where both kept their scores."""
+    return {name: {**{key: block[key] for key in ("value", "se", "ci95", "n")},
+                   "difference": benchmarks.paired(block, there[name]) if row is not first and name in there else None}
+            for there in (first.result.get("judges", {}),) for name, block in row.result.get("judges", {}).items()}
 
 
-def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows that belong on one line: the same model (and guidance) at several step counts."""
-    out: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda r: r.nfe):
-        guidance = float(row.result["sampler"].get("guidance", 1.0))
-        out.setdefault(row.model if guidance == 1 else f"{row.model}, w = {guidance:g}", []).append(row)
-    return out
+def _by_class(row: Row, protocol: Protocol, real: Tensor | None) -> dict[str, Any] | None:
+    """Values and standard errors of each class: squared distance of the mean features to real ones (classes, d), and accuracy."""
+    kept = row.features()
+    if kept is None or real is None:
+        return None
+    member = metrics.members(protocol.count, protocol.groups, protocol.classes)
+    found = {"distance": breakdown.class_distances(kept["features"], kept["labels"], real, member)}
+    if "predicted" in kept:
+        found["accuracy"] = breakdown.class_accuracies(kept["predicted"], kept["labels"], protocol.classes)
+    return {name: {"value": [e.value for e in estimates], "se": [e.se for e in estimates]} for name, estimates in found.items()}
 
 
-def plot_quality(rows: Sequence[Row], name: str) -> Figure:
-    """The first metric against network evaluations, both axes logarithmic where the values allow it; bars are 95 % intervals."""
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.subplots()
-    values = [row.metric(name)["value"] for row in rows]
-    axes.set_xscale("log")
-    if min(values) > 0 and max(values) > 8 * min(values):
-        axes.set_yscale("log")
-    teachers = [row for row in rows if row.is_teacher]
-    colours, labels = iter(COLOURS * len(rows)), []
-    for label, line in _series(rows).items():
-        colour = TEACHER if line[0].is_teacher else next(colours)
-        x, y = [r.nfe for r in line], [r.metric(name)["value"] for r in line]
-        half = [(r.metric(name)["ci95"][1] - r.metric(name)["ci95"][0]) / 2 for r in line]
-        marker = "s" if line[0].is_teacher else "o"
-        axes.errorbar(x, y, half, color=colour, marker=marker, markersize=6, linewidth=1.6, capsize=3, markeredgecolor="white", zorder=3)
-        labels.append((label, x[0], y[0], colour))
-    if teachers:
-        best = min(teachers, key=lambda r: r.metric(name)["value"])
-        level = best.metric(name)["value"]
-        axes.axhline(level, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        axes.annotate(f"best teacher: {best.label.removeprefix('teacher, ')}, {level:.3g}", (0, level), xycoords=("axes fraction", "data"),
-                      xytext=(4, -5), textcoords="offset points", va="top", color=GREY, fontsize=9)
-    ticks = sorted({row.nfe for row in rows})
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    if axes.get_yscale() == "log":
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axes.set_xlim(ticks[0] / 1.25, ticks[-1] * max(1.5, (ticks[-1] / ticks[0]) ** 0.25))
-    _tidy(axes)
-    count = rows[0].result["protocol"]["count"]
-    axes.set_xlabel("network evaluations per picture (both halves of guidance counted)", color=INK)
-    axes.set_title(f"{name}, lower is better ({count:,} pictures, bars: 95 % of the generated sample)", loc="left", fontsize=11, color=INK)
-    _label(figure, axes, labels)
-    return figure
+def gather(rows: Sequence[Row]) -> dict[str, Any]:
+    """report.json's content but for the runs: every row with what can be said of it."""
+    protocol, paired = Protocol.from_dict(rows[0].result["protocol"]), pairings(rows)
+    real, names, floor = None, [], torch.zeros(0)
+    if protocol.name == "fashion":
+        reference, names = fashion_reference(), list(CLASSES)
+        real = breakdown.class_means(reference.test_features, reference.test_labels, protocol.classes)
+        floor = (breakdown.class_means(reference.train_features, reference.train_labels, protocol.classes) - real).square().sum(1)
+    leading = {name: best(rows, name, pairing) for name, pairing in paired.items()}
+    same, differing = provenance.environments([row.result for row in rows])
+    told = [{"label": row.label, "series": row.series, "result": str(row.path), "is_teacher": row.is_teacher, "nfe": row.nfe,
+             "ms_per_image": row.ms, "metrics": row.result["metrics"], "best": [name for name, leader in leading.items() if leader == i],
+             "difference": difference, "wins": _wins(paired, i) if i else None, "classes": _by_class(row, protocol, real),
+             "features": row.features() is not None, "teacher": row.result["teacher"], "memory": row.result.get("memory"),
+             "judges": _judged(row, rows[0]), "groups": row.result.get("groups"),
+             **provenance.origin(row.result), "command": provenance.command(row.result, row.path.name)}
+            for i, (row, difference) in enumerate(zip(rows, differences(rows, paired), strict=True))]
+    return {"protocol": rows[0].result["protocol"], "protocol_hash": rows[0].result["protocol_hash"], "first": rows[0].label,
+            "rows": [{**row, "verdict": verdict(row, told) if i and not row["is_teacher"] else None} for i, row in enumerate(told)],
+            "classes": {"names": names, "real_distance": floor.tolist()},
+            "environment": {"same": same, "differing": differing}}
 
 
-def _label(figure: Figure, axes: Axes, labels: Sequence[tuple[str, float, float, str]], size: float = 10) -> None:
-    """Names beside the first point of each line, pushed up where they would lie on one another."""
-    figure.draw_without_rendering()                                             # the layout settles where data coordinates lie
-    placed: list[tuple[float, float, float]] = []
-    unit = figure.dpi / 72
-    at = {name: axes.transData.transform((x, y)) / unit for name, x, y, _ in labels}            # in points
-    for name, x, y, colour in sorted(labels, key=lambda item: at[item[0]][1]):
-        left, low, width = at[name][0] + 9, at[name][1] + 4, 0.65 * size * len(name)
-        for other_left, other_low, other_width in placed:
-            if left < other_left + other_width and other_left < left + width and low < other_low + 1.25 * size:
-                low = other_low + 1.25 * size
-        placed.append((left, low, width))
-        axes.annotate(name, (x, y), xytext=(9, low - at[name][1]), textcoords="offset points", color=colour, fontsize=size, weight="bold",
-                      zorder=4, path_effects=[withStroke(linewidth=3, foreground="white")])
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=INK, which="both")
-    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8, zorder=0)
-
-
-def plot_samples(pictures: Sequence[tuple[Row, Tensor]]) -> Figure:
-    """One strip a model, the same seeds in the same columns, class by class."""
-    classes = len(CLASSES)
-    count = min(len(images) for _, images in pictures)
-    columns = [i for c in range(classes) for i in range(c, count, classes)[:PER_CLASS]]
-    cell, gap, group = 28, 2, 6                                                 # pixels: a picture, between pictures, between classes
-    lefts = [k * (cell + gap) + (columns[k] % classes) * group for k in range(len(columns))]
-    width = lefts[-1] + cell
-    scale, margin = 11 / width, 1.9                                             # inches per pixel, inches of labels
-    height = 0.42 + len(pictures) * (cell + 5) * scale
-    figure = Figure(figsize=(width * scale + margin + 0.15, height))
-    for number, (row, images) in enumerate(pictures):
-        strip = torch.full((cell, width), 255, dtype=torch.uint8)
-        for left, index in zip(lefts, columns, strict=True):
-            strip[:, left : left + cell] = images[index, 0]
-        bottom, across = height - 0.3 - (number + 1) * (cell + 5) * scale, figure.get_figwidth()
-        axes = figure.add_axes((margin / across, bottom / height, width * scale / across, cell * scale / height))
-        axes.imshow(strip.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
-        name, _, rest = row.label.partition(", ")
-        axes.text(-0.012, 0.5, f"{name}\n{rest}", transform=axes.transAxes, ha="right", va="center", fontsize=9.5, color=INK)
-        if number == 0:
-            for c in range(classes):
-                ends = [left for left, index in zip(lefts, columns, strict=True) if index % classes == c]
-                axes.text((ends[0] + ends[-1] + cell) / 2, -5, CLASSES[c], ha="center", va="bottom", fontsize=9, color=INK)
-    return figure
+def verdict(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A row against the first of all: `word` is better, worse, undecided, or unpaired; `text` is the first metric in numbers, beside the
+    teacher's cut to as few network evaluations, and a sentence on where the other metrics stand."""
+    (head, *others), first = row["metrics"], rows[0]
+    value = lambda of: number(of["metrics"][head]["value"], of["metrics"][head]["se"])                                       # noqa: E731
+    whose = "the teacher's" if first["is_teacher"] else "the first row's"
+    better, calls = "lower" if arrow(head) == "↓" else "higher", plural(row["nfe"], "network evaluation")
+    said = [f"{head} ({better} is better) is {value(row)} with {calls} per picture, against {whose} {value(first)} with {first['nfe']}."]
+    block = row["difference"].get(head)
+    if block is None:
+        word = "unpaired"
+        said.append("Without the features of both there is no paired difference, and no claim.")
+    else:
+        word = block["verdict"]
+        small = f"too {'small' if enough(row['metrics'][head]['n']) else 'uncertain from so few pictures'} to call either better"
+        said.append(f"Paired difference {delta(block)}, {small if word == 'undecided' else f'so {word}'}.")
+    if cut := [other for other in rows[1:] if other["is_teacher"] and row["nfe"] <= other["nfe"] < first["nfe"]]:
+        least = min(cut, key=lambda other: int(other["nfe"]))
+        said.append(f"The teacher itself, cut to {plural(least['nfe'], 'evaluation')}, is at {value(least)}.")
+    stands = {name: row["difference"][name]["verdict"] if name in row["difference"] else "unpaired" for name in others}
+    words = {"better": "better", "worse": "worse", "undecided": "undecided", "unpaired": "without a paired error, so without a claim,"}
+    named = {kind: ", ".join(name for name in others if stands[name] == kind) for kind in words}
+    if others:
+        said.append(f"By the other measures {'; '.join(f'{words[kind]} in {names}' for kind, names in named.items() if names)}.")
+    return {"word": word, "text": " ".join(said)}

@@ -6,9 +6,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,75 +18,106 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from stepdistill.eval import metrics
-from stepdistill.eval.extractors import EXTRACTORS, extract
-from stepdistill.eval.metrics import Estimate, Moments
-from stepdistill.eval.protocol import Protocol, Reference, fashion_reference, hash_of
+from stepdistill.eval import diversity, measures, pictures
+from stepdistill.eval.extractors import EXTRACTORS, Extractor, digest_of, embed, extract
+from stepdistill.eval.measures import KINDS, Found, Seen
+from stepdistill.eval.metrics import Estimate
+from stepdistill.eval.pictures import Pictures
+from stepdistill.eval.protocol import PROTOCOLS, Measure, Protocol, Real, View, hash_of
 
-SAMPLES = 100                                           # pictures kept beside a result for the grid
+SAMPLES, SAMPLE_BYTES = 100, 2**26                      # pictures kept beside a result for the grid, and the most that they may take
 KEYS = frozenset(("protocol", "protocol_hash", "model", "sampler", "metrics", "paired", "teacher", "speed", "env", "started", "seconds",
                   "samples"))
+
+Answers = dict[str, tuple[Tensor, Tensor | None]]       # features (N, d) and logits (N, classes), by `Measure.key`
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Estimates by metric name, and what they came from: features (N, d), labels (N,), and a classifier's answers (N,)."""
+    """Estimates by metric name, and what they came from: the first extractor's features (N, d), labels (N,), its answers (N,) if it is a
+    classifier, the other extractors' features by `Measure.key`, and what pairs results (`measures.packed`)."""
 
     metrics: dict[str, Estimate]
     features: Tensor
     labels: Tensor
     predicted: Tensor | None
+    further: Mapping[str, Tensor] = field(default_factory=dict)
+    pairs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def groups(features: Tensor, protocol: Protocol) -> list[Moments]:
-    """Moments of the jackknife's groups."""
-    member = metrics.members(len(features), protocol.groups, protocol.classes)
-    return [Moments.of(features[member == j]) for j in range(protocol.groups)]
+def score(images: Tensor | Pictures, labels: Tensor, protocol: Protocol, reference: Real | Mapping[str, Real] | None = None, *,
+          prompts: Sequence[str] = (), device: torch.device | str = "cpu") -> Scored:
+    """Pictures, sample i at row i, and the class or the number of the prompt asked of each (N,); N is the protocol's count.
 
-
-def kernel_sums(features: Tensor, protocol: Protocol, reference: Reference) -> metrics.KernelSums:
-    """Kernel sums of the same groups against the test pictures."""
-    return metrics.kernel_sums(features, reference.test_features, metrics.members(len(features), protocol.groups, protocol.classes))
-
-
-def _recall(features: Tensor, protocol: Protocol, reference: Reference) -> Estimate:
-    member = metrics.members(len(features), protocol.recall_sets, protocol.classes)
-    return metrics.recall_estimate(features, reference.test_features, protocol.neighbours, member)
-
-
-MEASURES: dict[str, Callable[[Tensor, Protocol, Reference], Estimate]] = {
-    "frechet": lambda f, p, r: metrics.frechet_estimate(groups(f, p), r.train),
-    "kid": lambda f, p, r: metrics.kid_estimate(kernel_sums(f, p, r)),
-    "precision": lambda f, p, r: metrics.proportion(metrics.inside(r.test_features, f, p.neighbours)),
-    "recall": _recall,
-}
-
-
-def score(images: Tensor, labels: Tensor, protocol: Protocol, reference: Reference | None = None) -> Scored:
-    """uint8 pictures (N, C, H, W), sample i at row i, and the class asked of each (N,); N is the protocol's count.
-
-    The reference is the protocol's own unless given. Raises ValueError where pictures, labels and protocol do not fit each other.
+    The reference is that of a shipped world unless given: real data of the first extractor, or by `Measure.key`. Raises ValueError where
+    pictures, labels, prompts, reference and protocol do not fit each other.
     """
-    if len(images) != protocol.count or len(labels) != protocol.count:
-        raise ValueError(f"protocol {protocol.name!r} wants {protocol.count} pictures, got {len(images)} and {len(labels)} labels")
-    if not torch.equal(labels.long().cpu(), torch.arange(len(labels)) % protocol.classes):
+    seen = images if isinstance(images, Pictures) else Pictures.of(images)
+    labels, real = labels.long().cpu(), _real(protocol, reference)
+    if seen.count != protocol.count or len(labels) != protocol.count:
+        raise ValueError(f"protocol {protocol.name!r} wants {protocol.count} pictures, got {seen.count} and {len(labels)} labels")
+    if not torch.equal(labels, torch.arange(len(labels)) % protocol.turns):
         raise ValueError(f"protocol {protocol.name!r} wants the labels {protocol.labels}: generate with balanced labels")
-    extractor = EXTRACTORS[protocol.extractor]()
-    if extractor.sha256 != protocol.extractor_sha256:
-        raise ValueError(f"extractor {extractor.name!r} has the weights {extractor.sha256[:12]}, the protocol names "
-                         f"{protocol.extractor_sha256[:12]}: use the stepdistill that the protocol came from")
-    reference = reference or fashion_reference()
-    features, logits = extract(extractor, images, protocol.batch_size)
-    estimates = {}
-    for name in protocol.metrics:
-        kind = name.split("_")[0]
-        if kind != "accuracy":
-            estimates[name] = MEASURES[kind](features, protocol, reference)
-        elif logits is None:
-            raise ValueError(f"extractor {extractor.name!r} is no classifier: leave {name!r} out of the protocol")
-        else:
-            estimates[name] = metrics.accuracy(logits, labels.cpu())
-    return Scored(estimates, features, labels.cpu(), None if logits is None else logits.argmax(1))
+    if len(prompts) != protocol.prompts:
+        raise ValueError(f"protocol {protocol.name!r} has {protocol.prompts} prompts, got {len(prompts)}")
+    plan, judges = protocol.plan, _judges(protocol, device)
+    texts = {name: embed(judges[name], prompts, protocol.batch_size)
+             for name in dict.fromkeys(m.extractor for m in plan.values() if m.kind == "clip")}
+    distance = diversity.load_lpips() if diversity.JUDGE in protocol.extractors else None
+    answers = look(seen, protocol, judges)
+    found: dict[str, Found] = {}
+    for name, measure in plan.items():
+        features, logits = answers.get(measure.key, (None, None))
+        if KINDS[measure.kind].real and measure.key not in real:
+            raise ValueError(f"the reference knows nothing of {measure.key}, which {name} is measured on: make it again with this protocol")
+        found[name] = KINDS[measure.kind].find(Seen(protocol, measure, labels, features, logits, real.get(measure.key),
+                                                    texts.get(measure.extractor), seen, distance))
+    features, logits = answers.pop(protocol.extractor)
+    return Scored({name: each.estimate for name, each in found.items()}, features, labels, None if logits is None else logits.argmax(1),
+                  {key: others for key, (others, _) in answers.items()}, measures.packed(found))
+
+
+def _real(protocol: Protocol, reference: Real | Mapping[str, Real] | None) -> Mapping[str, Real]:
+    if reference is None:
+        return PROTOCOLS[protocol.name].reference()
+    return reference if isinstance(reference, Mapping) else {protocol.extractor: reference}
+
+
+def _judges(protocol: Protocol, device: torch.device | str) -> dict[str, Any]:
+    """The protocol's extractors, whose weights are those that it names."""
+    judges: dict[str, Any] = {}
+    for name, wanted in protocol.extractors.items():
+        if name != diversity.JUDGE:
+            judges[name] = EXTRACTORS[name]()
+        found = judges[name].sha256 if name in judges else digest_of(name)
+        if found != wanted:
+            raise ValueError(f"extractor {name!r} has the weights {found[:12]}, the protocol names {wanted[:12]}: use the stepdistill and "
+                             "the weights that the protocol came from")
+    return {name: judge.to(device) for name, judge in judges.items()}
+
+
+def look(seen: Pictures, protocol: Protocol, judges: Mapping[str, Extractor]) -> Answers:
+    """What the extractors say of pictures, some rows at a time: every one of `judges` on each view that a measure of the protocol takes."""
+    wanted = dict.fromkeys([(protocol.extractor, "whole"), *((m.extractor, m.view) for m in protocol.plan.values() if m.kind != "lpips")])
+    parts: dict[tuple[str, View], list[tuple[Tensor, Tensor | None]]] = {pair: [] for pair in wanted if pair[0] in judges}
+    for start in range(0, seen.count, protocol.batch_size):
+        rows = seen.read(range(start, min(seen.count, start + protocol.batch_size)))
+        views = {view: shown(rows, view, protocol) for view in dict.fromkeys(view for _, view in parts)}
+        for (name, view), answers in parts.items():
+            answers.append(extract(judges[name], views[view], protocol.batch_size))
+    return {Measure("", name, view).key: _joined(answers) for (name, view), answers in parts.items()}
+
+
+def shown(rows: Sequence[Tensor], view: View, protocol: Protocol) -> Tensor:
+    """A view of pictures (C, H, W) as one batch."""
+    if view == "patch":
+        return pictures.together([pictures.patch(picture) for picture in rows])
+    return pictures.together([pictures.whole(picture, protocol.crop, protocol.metric_size, protocol.filter) for picture in rows])
+
+
+def _joined(answers: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    features, logits = zip(*answers, strict=True)
+    return torch.cat(features), None if logits[0] is None else torch.cat(logits)
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -112,7 +144,7 @@ def _commit() -> str | None:
 
 
 def features_path(path: Path, extractor: str) -> Path:
-    """Where a result keeps its features."""
+    """Where a result keeps its features of an extractor, or of a `Measure.key`."""
     return path.with_name(f"{path.stem}.features_{extractor}.safetensors")
 
 
@@ -121,24 +153,34 @@ def samples_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.samples.safetensors")
 
 
+def sampled(first: Tensor) -> int:
+    """How many of some pictures (n, C, H, W) are kept beside a result."""
+    return min(SAMPLES, max(1, SAMPLE_BYTES // first[0].numel()))
+
+
 def write_result(path: Path, protocol: Protocol, scored: Scored, *, model: Mapping[str, Any], sampler: Mapping[str, Any],
                  images: Tensor, speed: Mapping[str, Any], env: Mapping[str, Any], started: str, seconds: float,
-                 teacher: Mapping[str, Any] | None = None) -> dict[str, Any]:
+                 teacher: Mapping[str, Any] | None = None, blocks: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write the result, its features and its first pictures beside it, each renamed into place and the result last; returns the result.
 
+    `images` are the first pictures or all, (n, C, H, W). Other blocks of the result may be handed in as `blocks`.
     The report reads model["name"], model["is_teacher"], sampler["nfe"], sampler["times"], sampler["guidance"] and speed["ms_per_image"].
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"features": scored.features, "labels": scored.labels} | ({} if scored.predicted is None else {"predicted": scored.predicted})
+    kept = {"features": scored.features, "labels": scored.labels, **scored.pairs}
+    kept |= {} if scored.predicted is None else {"predicted": scored.predicted}
     result = {
         "protocol": protocol.to_dict(), "protocol_hash": protocol.hash, "model": dict(model), "sampler": dict(sampler),
         "metrics": {name: estimate.to_dict() for name, estimate in scored.metrics.items()}, "paired": {},
         "teacher": None if teacher is None else dict(teacher), "speed": dict(speed), "env": dict(env), "started": started,
-        "seconds": seconds, "samples": samples_path(path).name,
+        "seconds": seconds, "samples": samples_path(path).name, **(blocks or {}),
     }
     text = json.dumps(result, indent=2) + "\n"                                  # before anything is written: it may refuse a value
     _save(kept, features_path(path, protocol.extractor), protocol.hash)
-    _save({"images": images[:SAMPLES].cpu(), "labels": scored.labels[:SAMPLES]}, samples_path(path), protocol.hash)
+    for key, features in scored.further.items():
+        _save({"features": features}, features_path(path, key), protocol.hash)
+    images = images[: sampled(images)]
+    _save({"images": images.cpu(), "labels": scored.labels[: len(images)]}, samples_path(path), protocol.hash)
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -149,6 +191,14 @@ def _save(tensors: Mapping[str, Tensor], path: Path, protocol_hash: str) -> None
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata={"protocol_hash": protocol_hash}))
     os.replace(temporary, path)
+
+
+def copy_features(result: Path, extractor: str, to: Path) -> None:
+    """A result's features in another file, too, in one move."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = to.with_name(f".{to.name}.partial")
+    shutil.copyfile(features_path(result, extractor), temporary)
+    os.replace(temporary, to)
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -19,8 +19,12 @@ import typer
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
                   help="Turn any diffusers pipeline into a one-to-four-step one.",
                   epilog="First try: `bash scripts/quickstart.sh`, or `stepdistill train --config fashion/dmd2 --out runs/first`.")
-bench = typer.Typer(no_args_is_help=True, help="Timings of the toolkit itself.")
+bench = typer.Typer(no_args_is_help=True, help="Timings: of training steps, and of models.")
 app.add_typer(bench, name="bench")
+weights = typer.Typer()
+app.add_typer(weights, name="weights")
+judges = typer.Typer(no_args_is_help=True, help="Judges that live in environments of their own: pictures for them, and what they said.")
+app.add_typer(judges, name="judges")
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 Config = Annotated[str | None, typer.Option("--config", help="a recipe: a YAML file, or the short name of a shipped one (fashion/dmd2)")]
@@ -38,11 +42,11 @@ def show(value: Any, as_json: bool, human: str) -> None:
 
 
 def pick_device(name: str | None) -> Any:
-    """The device named, or the accelerator if there is one."""
+    """The device named, or the accelerator if there is one: of several processes of a launch each has its own."""
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -72,12 +76,13 @@ def train(
     Ctrl-C saves and exits with 130; `--resume RUN` continues bit for bit.
     """
     from stepdistill import recipe
+    from stepdistill.eval.exam import examine
     from stepdistill.training import loop
 
     if resume is not None:
         if config or out or overrides or dry_run:
             raise ValueError("--resume takes the recipe from the run folder: give it alone, without --config, --out or key=value")
-        outcome = loop.resume(resume)
+        outcome = loop.resume(resume, (examine,))
     else:
         if config is None:
             raise ValueError(f"name a recipe with --config ({recipe.shown()}, or a YAML file), or a run with --resume")
@@ -86,7 +91,7 @@ def train(
             return _dry_run(chosen, as_json)
         if out is None:
             raise ValueError("name a new folder for the run with --out")
-        outcome = loop.start(chosen, out)
+        outcome = loop.start(chosen, out, (examine,))
     if int(os.environ.get("RANK", "0")) == 0:
         done = f"{outcome.step} of {outcome.steps} steps in {outcome.folder}"
         show(outcome.to_dict(), as_json, f"{done}\nnext: stepdistill export {outcome.folder} --to FOLDER" if outcome.finished else done)
@@ -195,15 +200,20 @@ def export(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     to: Annotated[Path, typer.Option(help="a new folder for the pipeline")],
     raw: Annotated[bool, typer.Option(help="the last weights instead of their moving average")] = False,
+    best: Annotated[bool, typer.Option(help="the best checkpoint by the recipe's exam instead of the newest")] = False,
     lora_rank: Annotated[int | None, typer.Option(min=1, help="a fully trained pipeline as an adapter of this rank, too")] = None,
+    merge: Annotated[Path | None, typer.Option(help="another run of the same teacher, whose student's weights are averaged in")] = None,
+    share: Annotated[float | None, typer.Option(min=0, max=1, help="RUN's part in a merge; default: 0.5")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a trained student as a diffusers folder that loads without stepdistill."""
     from stepdistill.export import export as write
     from stepdistill.models.load import is_prompted
 
-    done = write(run, to, weights="raw" if raw else "ema", lora_rank=lora_rank)
+    done = write(run, to, weights="raw" if raw else "ema", lora_rank=lora_rank, best=best, merge=merge, share=share)
     lines = [f"student of step {done.step} in {done.folder}"]
+    if done.merged:
+        lines.append(f"{done.merged['share']:g} of it, the rest the student of step {done.merged['step']} of {merge}")
     if done.fit:
         lines.append(f"adapter of rank {done.fit.rank}: relative error {done.fit.error:.3g} over {done.fit.layers} layers, "
                      f"{done.fit.worst_error:.3g} in {done.fit.worst}; {done.fit.beyond:.3g} of the squared change is beyond any adapter")
@@ -213,7 +223,7 @@ def export(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="an exported folder, or teacher:fashion")],
+    model: Annotated[str, typer.Argument(metavar="DIR", help="an exported folder, teacher:fashion, teacher:emoji or teacher:emoji/dit")],
     to: Annotated[Path, typer.Option(help="a new folder for 000000.png ... and grid.png")],
     count: Annotated[int | None, typer.Option(min=1, help="default: 40, or one for each of --prompts")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -260,10 +270,12 @@ def sample(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="an exported folder, or teacher:fashion")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="an exported folder, a diffusers pipeline, teacher:fashion, or a folder of "
+                                                               "PNG pictures")],
     to: Annotated[Path, typer.Option(help="the result file, result.json")],
-    protocol: Annotated[str, typer.Option(help="which exam: fashion")] = "fashion",
-    count: Annotated[int, typer.Option(min=50, help="pictures; scores of unequal counts are never compared")] = 10000,
+    protocol: Annotated[str, typer.Option(help="which exam, as `stepdistill protocols` lists them")] = "fashion",
+    count: Annotated[int | None, typer.Option(min=50, help="pictures; scores of unequal counts are never compared. Default: the "
+                                                           "protocol's own number")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="network calls per picture; default: the model's own")] = None,
     guidance: Annotated[float | None, typer.Option(help="w; default: the model's own")] = None,
     solver: Solver = None,
@@ -271,29 +283,129 @@ def evaluate(
     shift: Shift = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: Batch = 100,
+    prompts: Annotated[Path | None, typer.Option(help="a file of them, as data.prompts; picture i has prompt i mod their number")] = None,
+    reference: Annotated[Path | None, typer.Option(help="real pictures as `stepdistill reference` keeps them")] = None,
+    against: Annotated[str | None, typer.Option(help="a teacher, or its result: distances to its pictures, drift, variety as a share of "
+                                                     "its own")] = None,
+    extractor: Annotated[str | None, typer.Option(help="what custom and teacher-only are measured on; default: dinov2-l14")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="a further measure, KIND:EXTRACTOR; may be repeated: --also clip:clip-l14 --also "
+                                                        "vendi:dinov2-s14")] = None,
+    call: Annotated[list[str] | None, typer.Option(help="a keyword of a teacher's pipeline; may be repeated: --call height=512")] = None,
+    train: Annotated[Path | None, typer.Option(help="a reference of training pictures: are any of them learnt by heart?")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="with --train, a reference of real pictures that were not trained on")] = None,
+    features_to: Annotated[Path | None, typer.Option(help="a second place for the features, a .safetensors file")] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Score a model in fp32 and write a result file with its protocol, sampler and error bars."""
-    from stepdistill.eval.models import evaluate as score
+    """Score a model in fp32 and write a result file with its protocol, sampler and error bars.
 
+    Several processes share the work: `torchrun --nproc-per-node 4 -m stepdistill eval MODEL --to FILE`.
+    """
+    from stepdistill.eval.cards import Brought
+    from stepdistill.eval.evaluate import evaluate as score
+
+    brought = Brought(reference, prompts, extractor, tuple(also or ()))
     result = score(model, protocol, count, to, steps=steps, guidance=guidance, solver=solver, renoise=renoise, shift=shift, seed=seed,
-                   batch_size=batch_size, device=pick_device(device))
-    lines = [f"{name:<20}{m['value']:>10.4f} ± {m['se']:.4f}" for name, m in result["metrics"].items()]
-    show(result, as_json, "\n".join([*lines, f"written to {to}"]))
+                   batch_size=batch_size, device=pick_device(device), features_to=features_to, brought=brought,
+                   call=_keywords(call) or None, against=against, train=train, held_out=held_out)
+    if int(os.environ.get("RANK", "0")) == 0:
+        wide = max(20, *map(len, result["metrics"]))
+        lines = [f"{name:<{wide}}{m['value']:>10.4f} ± {m['se']:.4f}" for name, m in result["metrics"].items()]
+        show(result, as_json, "\n".join([*lines, f"written to {to}"]))
+
+
+@app.command()
+def protocols(as_json: Json = False) -> None:
+    """List the protocols: their hashes, what each measures, and what it needs that is not on this machine."""
+    from stepdistill.eval import cards
+
+    rows = cards.listing()
+    lines = [line for row in rows for line in (
+        f"{row['name']:<18}{row['hash'] or '-':<16}  {row['dataset']}, {row['count']:,} pictures", f"    {', '.join(row['measures'])}",
+        *(f"    missing: {told}" for told in row["missing"]))]
+    show(rows, as_json, "\n".join(lines))
+
+
+@app.command()
+def reference(
+    source: Annotated[Path, typer.Argument(help="a folder of real pictures, or published statistics (.npz with mu and sigma)")],
+    protocol: Annotated[str, typer.Option(help="for which protocol: its crop, size and extractors")],
+    to: Annotated[Path | None, typer.Option(help="a .safetensors file; default: where `eval` looks for the protocol's own")] = None,
+    set_from: Annotated[Path | None, typer.Option(help="another source for what kernel distances and neighbours look at")] = None,
+    keep: Annotated[int | None, typer.Option(min=2, help="pictures whose features are kept, evenly spaced; default: the protocol's "
+                                                         "number")] = None,
+    extractor: Annotated[str | None, typer.Option(help="of custom and teacher-only; default: dinov2-l14")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="a further measure, as of `eval`")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Make statistics of real pictures, once: `stepdistill reference val2014 --protocol coco14-30k-256`.
+
+    They hold the moments of all pictures, the features of some, and the digests of pictures and weights.
+    """
+    from stepdistill.eval import cards, references
+
+    stored, path = cards.make_reference(protocol, source, to, set_from=set_from, keep=keep,
+                                        brought=cards.Brought(extractor=extractor, also=tuple(also or ())), device=pick_device(device))
+    value = {"file": str(path), "sha256": stored.sha256, "count": stored.count, "features": references.kept(stored)}
+    show(value, as_json, f"{stored.count:,} pictures in {path}; features kept: "
+                         + ", ".join(f"{number:,} of {key}" for key, number in value["features"].items()))
+
+
+@judges.command("write")
+def write_for_judges(
+    layout: Annotated[str, typer.Argument(help="plain, geneval, dpg, hpsv2 or vbench")],
+    model: Annotated[str, typer.Argument(help="a pipeline with prompts, exported or not")],
+    prompts: Annotated[Path, typer.Option(help="the judge's own: evaluation_metadata.jsonl, the folder of DPG-Bench or HPSv2; any file for "
+                                               "plain and vbench")],
+    to: Annotated[Path, typer.Option(help="a new folder")],
+    seeds: Annotated[int | None, typer.Option(min=1, help="pictures of each prompt; default: the judge's number")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="of a video, for vbench")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="network calls per picture; default: the model's own")] = None,
+    guidance: Annotated[float | None, typer.Option(help="w; default: the model's own")] = None,
+    call: Annotated[list[str] | None, typer.Option(help="a keyword of a teacher's pipeline; may be repeated")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Make a model's pictures in the folder layout of a judge: `stepdistill judges write geneval student --prompts FILE --to FOLDER`."""
+    from stepdistill.eval import benchmarks
+
+    count = benchmarks.write(layout, model, prompts, to, seeds=seeds, frames=frames, seed=seed, steps=steps, guidance=guidance,
+                             call=_keywords(call) or None, device=pick_device(device))
+    show({"folder": str(to), "count": count}, as_json,
+         f"{count} pictures in {to}; when the judge has written its scores: stepdistill judges read {layout} SCORES --into RESULT")
+
+
+@judges.command("read")
+def read_from_judges(
+    layout: Annotated[str, typer.Argument(help="plain, geneval, dpg, hpsv2 or vbench")],
+    scores: Annotated[Path, typer.Argument(help="what the judge wrote; for plain, JSON lines of file and score")],
+    into: Annotated[Path, typer.Option(help="the model's result file")],
+    folder: Annotated[Path | None, typer.Option(help="for plain: the folder that was judged")] = None,
+    name: Annotated[str | None, typer.Option(help="for plain: what the judge is called")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put what a judge said into a model's result, where `compare` shows it with its error and paired with the other models' scores."""
+    from stepdistill.eval import benchmarks
+
+    added = benchmarks.take(layout, scores, into, folder=folder, name=name)
+    show(added, as_json, "\n".join([*(f"{key:<28}{block['value']:>10.4f} ± {block['se']:.4f}" for key, block in added.items()),
+                                    f"written to {into}"]))
 
 
 @app.command()
 def compare(
     results: Annotated[list[Path], typer.Argument(help="result files of one protocol; the teacher with most steps is compared with")],
-    to: Annotated[Path, typer.Option(help="a folder for report.md, the grid and the plot")],
+    to: Annotated[Path, typer.Option(help="a folder for report.html, report.md, report.json, the grid and the plot")],
+    run: Annotated[list[Path] | None, typer.Option(help="a run folder whose training curves are shown, too; may be repeated")] = None,
     as_json: Json = False,
 ) -> None:
-    """Put results of one protocol into a table, a picture grid and a quality-against-NFE plot."""
+    """Put results of one protocol into a page: a table, picture grids, a quality-against-NFE plot, classes, and how to repeat it."""
     from stepdistill.eval.report import compare as write
 
-    report = write(results, to)
-    show(report, as_json, f"report in {to / 'report.md'}")
+    report = write(results, to, run or ())
+    show(report, as_json, f"report in {to / 'report.html'} and {to / 'report.md'}")
 
 
 @app.command()
@@ -328,7 +440,7 @@ def methods(as_json: Json = False) -> None:
 
 @app.command()
 def probe(
-    path: Annotated[str, typer.Argument(help="a diffusers pipeline folder")],
+    path: Annotated[str, typer.Argument(help="a diffusers pipeline folder, emoji or emoji/dit")],
     keywords: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="of its call: height=512 width=512")] = None,
     other: Annotated[list[str] | None, typer.Option(help="a keyword at which the proof is repeated: --other width=768")] = None,
     dtype: Annotated[str, typer.Option(help="float32 proves to 1e-4; bfloat16 needs half the memory and proves less")] = "float32",
@@ -343,13 +455,16 @@ def probe(
     import torch
 
     from stepdistill import probe as probing
+    from stepdistill import worlds
     from stepdistill.models.load import load_pipeline
     from stepdistill.models.recording import usual_inputs
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    pipeline = load_pipeline(path, device=pick_device(device), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
-    report = probing.probe(pipeline, usual_inputs(pipeline, **_keywords(keywords)), _keywords(other) or None)
+    pipeline = load_pipeline(worlds.teacher_folder(path) or path, device=pick_device(device), dtype=getattr(torch, dtype),
+                             trust_remote_code=trust_remote_code)
+    inputs = usual_inputs(pipeline, **{**worlds.call_of(path), **_keywords(keywords)})
+    report = probing.probe(pipeline, inputs, _keywords(other) or None)
     show(report, as_json, probing.show(report))
     if not report["fits"]:
         raise typer.Exit(2)
@@ -365,12 +480,62 @@ def _keywords(items: Sequence[str] | None) -> dict[str, Any]:
 
 
 @app.command()
+def diagnose(
+    run: Annotated[Path, typer.Argument(help="a run folder, finished or not")],
+    export: Annotated[Path | None, typer.Option(help="an export of it: is it sampled as it was trained?")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which known illnesses a run's curves and pictures show, by what evidence, and what helps."""
+    from stepdistill import diagnose as physician
+
+    found = physician.examine(run, export)
+    show(found.to_dict(), as_json, physician.shown(found))
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Examine the environment: versions, device, attention back ends, threads, and where data and weights are looked for."""
     from stepdistill.doctor import examine
 
     report = examine()
     show(report, as_json, "\n".join(f"{key:<22}{value}" for key, value in report.items()))
+
+
+@weights.callback(invoke_without_command=True)
+def list_weights(context: typer.Context, as_json: Json = False) -> None:
+    """List the public networks that judge pictures: which weights are there, and which are missing and where to get them.
+
+    They are looked for in `$STEPDISTILL_EVAL_WEIGHTS`, else in `~/.cache/stepdistill/eval`, and never downloaded: fetch the public file
+    yourself, then `stepdistill weights convert NAME FILE`. Checked weights came from the file with the published SHA-256.
+    """
+    from stepdistill.eval import weights as kept
+
+    if context.invoked_subcommand is not None:
+        return
+    rows = kept.listing()
+    lines = [f"in {kept.root()}:", *(f"{row['name']:<22}{row['state']:<11}{row['serves']}" for row in rows)]
+    lines += [f"to get {entry.name}: {entry.described}" for entry in (kept.known(r["name"]) for r in rows if r["state"] == "missing")]
+    show(rows, as_json, "\n".join([*lines, "next: stepdistill weights convert NAME FILE"]))
+
+
+@weights.command("convert")
+def convert_weights(
+    name: Annotated[str, typer.Argument(help="as `stepdistill weights` lists it")],
+    file: Annotated[Path, typer.Argument(help="the public file")],
+    to: Annotated[Path | None, typer.Option(help="another place than where weights are looked for")] = None,
+    vocabulary: Annotated[Path | None, typer.Option(help="for a CLIP that is to read prompts: a folder with vocab.json and merges.txt, "
+                                                         "such as the tokenizer of any Stable Diffusion pipeline")] = None,
+    unchecked: Annotated[bool, typer.Option(help="trust a file whose SHA-256 is not known for certain")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a public file into safetensors, once: `stepdistill weights convert clip-l14 ViT-L-14.pt --vocabulary MODEL/tokenizer`.
+
+    The file may hold code, so it is opened only if its SHA-256 is the published one.
+    """
+    from stepdistill.eval import weights as kept
+
+    folder = kept.convert(name, file, to, vocabulary=vocabulary, unchecked=unchecked)
+    show({"name": name, "folder": str(folder), "fingerprint": kept.fingerprint(folder / kept.WEIGHTS)}, as_json, f"{name} in {folder}")
 
 
 @bench.command("step")
@@ -389,6 +554,56 @@ def bench_step(config: Config = None, overrides: Overrides = None, repeats: Anno
     human = (f"iteration {report['iteration_seconds']:.3f} s, bare passes {report['passes_seconds']:.3f} s, ratio {report['ratio']:.3f} "
              f"(median of {repeats}; {report['steps_per_iteration']} steps an iteration, {len(report['passes'])} passes)")
     show(report, as_json, human)
+
+
+@bench.command("speed")
+def bench_speed(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="exported folders, or teacher:fashion")],
+    against: Annotated[str | None, typer.Option(help="one more model in its own steps; the others are so many times faster")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="network calls per picture of each MODEL; default: its own")] = None,
+    batches: Annotated[str, typer.Option(help="how many pictures at a time, one number or several")] = "1,8",
+    runs: Annotated[int, typer.Option(min=30, help="timed, of each model at each batch size")] = 30,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile denoiser and decoder; the first run is told apart")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16: autocast of the denoiser")] = "fp32",
+    prompt: Annotated[str | None, typer.Option(help="for pipelines with prompts")] = None,
+    to: Annotated[Path | None, typer.Option(help="a result file, speed.json")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time models in turns: denoiser, with text encoders, with decoder; medians, operations, and memory on a GPU.
+
+    `stepdistill bench speed student --against teacher:fashion`. On a CPU, OMP_NUM_THREADS says how many threads.
+    """
+    from stepdistill.eval import speed
+    from stepdistill.training.checkpoint import write_atomically
+
+    if not all(part.strip().isdecimal() for part in batches.split(",")):
+        raise ValueError(f"--batches is one number or several with commas between, 1,8: got {batches!r}")
+    if to is not None and (to.is_dir() or to.suffix != ".json"):
+        raise ValueError(f"{to} must name a .json file")
+    report = speed.bench(models, against=against, steps=steps, batches=[int(part) for part in batches.split(",")], runs=runs,
+                         compiled=compiled, precision=precision, prompt=prompt, device=pick_device(device))
+    if to is not None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(to, json.dumps(report, indent=2) + "\n")
+    show(report, as_json, speed.shown(report) + ("" if to is None else f"\nwritten to {to}"))
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="an exported folder, or a teacher: teacher:emoji")],
+    teacher: Annotated[str | None, typer.Option(help="what stands beside it; default: its own teacher, where that is here")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a page to this machine, until Ctrl-C: prompt or class, seed and steps; the model's pictures beside its teacher's."""
+    from stepdistill import demo as showing
+
+    models = showing.open_pair(model, teacher, pick_device(device))
+    beside = f" beside {models[1].name}" if len(models) > 1 else "" if models[0].is_teacher else " alone (--teacher puts one beside it)"
+    showing.serve(models, port, lambda address: show({"address": address, "models": [m.name for m in models]}, as_json,
+                                                     f"{model}{beside}: {address} (Ctrl-C ends it)"))
 
 
 def _fresh(folder: Path) -> None:

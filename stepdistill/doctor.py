@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from stepdistill import worlds
+from stepdistill.worlds.emoji import data as emoji
+from stepdistill.worlds.emoji import text
 from stepdistill.worlds.fashion import data
 
 PACKAGES = ("stepdistill", "torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors", "torch-fidelity")
@@ -19,7 +23,6 @@ PACKAGES = ("stepdistill", "torch", "torchvision", "diffusers", "transformers", 
 def examine() -> dict[str, Any]:
     """Plain JSON values: versions, device, attention back ends, threads, data, weights."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    teacher = worlds.teacher_folder("fashion")
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
@@ -31,8 +34,32 @@ def examine() -> dict[str, Any]:
         "xformers": xformers(),
         "compiler": "triton" if torch.cuda.is_available() and importlib.util.find_spec("triton") else "inductor C++ (CPU)",
         "fashion data": fashion_data(),
-        "fashion teacher": str(teacher) if teacher and teacher.is_dir() else "missing from this installation",
+        "emoji data": _place(emoji.svg_folder),
+        "emoji text encoder": _place(text.folder),
+        **{f"{name} teacher": teacher(name) for name in worlds.teachers()},
+        "extractors": extractors(),
     }
+
+
+def extractors() -> str:
+    """The public networks whose weights `eval` finds, and the folder that it looks in."""
+    from stepdistill.eval import weights
+
+    found = [f"{row['name']} ({row['state']})" for row in weights.listing() if row["state"] != "missing"]
+    return f"{', '.join(found) or 'no weights'} in {weights.root()}; `stepdistill weights` says how to get more"
+
+
+def teacher(name: str) -> str:
+    """The folder of a shipped teacher, if its weights are there."""
+    folder = worlds.teacher_folder(name)
+    return str(folder) if folder and any(folder.rglob("*.safetensors")) else "missing from this installation"
+
+
+def _place(find: Callable[[], Path]) -> str:
+    try:
+        return str(find())
+    except FileNotFoundError as error:
+        return f"not on this machine yet: {error}"
 
 
 def _version(name: str) -> str:

@@ -15,6 +15,12 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
+def from_image(image: Image.Image) -> Tensor:
+    """uint8 (C, H, W) of a picture of 8 bits a channel: the inverse of `to_image`."""
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+
+
 def grid(pictures: Tensor, columns: int, scale: int | None = None, gap: int = 2) -> Image.Image:
     """Pictures in rows of `columns` on white; small ones are enlarged without smoothing so that each is about 64 pixels or more."""
     n, c, h, w = pictures.shape

@@ -15,13 +15,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from stepdistill import pairs
+from stepdistill import pairs, worlds
 from stepdistill import recipe as recipes
-from stepdistill.eval import models, report, score
+from stepdistill.eval import charts, models, report, score, tables
+from stepdistill.eval.evaluate import evaluate
 from stepdistill.export import export
 from stepdistill.methods import METHODS
 from stepdistill.methods.base import Pairs
-from stepdistill.recipe import Recipe
+from stepdistill.recipe import ExamRecipe, Recipe
 from stepdistill.training import loop, measure
 from stepdistill.training.assemble import assemble
 from stepdistill.training.checkpoint import write_atomically
@@ -58,6 +59,14 @@ def members(world: str) -> list[str]:
     return found
 
 
+def exam_of(world: str) -> str:
+    """The protocol that scores a world; ValueError where none does."""
+    found = worlds.WORLDS.get(world)
+    if found is None or found.protocol is None:
+        raise ValueError(f"no protocol scores {world!r} yet, so it has no league")
+    return found.protocol
+
+
 def cost(recipe: Recipe, rounds: int = 4) -> float:
     """Passes of one sample that one loop step makes for each sample of its batch, a mean over some rounds of the method's plan.
 
@@ -88,7 +97,8 @@ def entry(world: str, name: str, folder: Path, budget: int = BUDGET) -> Entry:
         paired = count * nfe
     each = cost(chosen)
     steps = max(1, round((budget - paired) / (each * chosen.batch_size)))
-    return Entry(name, replace(chosen, steps=steps, preview_every=0, checkpoint_every=max(1, steps // 4)), each, paired)
+    chosen = replace(chosen, steps=steps, preview_every=0, exam=ExamRecipe(), checkpoint_every=max(1, steps // 4))
+    return Entry(name, chosen, each, paired)
 
 
 def play(world: str, out: Path, names: Sequence[str] = (), budget: int = BUDGET, count: int = 2000,
@@ -97,7 +107,7 @@ def play(world: str, out: Path, names: Sequence[str] = (), budget: int = BUDGET,
 
     A method that fails keeps its row, with the error. Raises ValueError for a name that has no recipe, or a folder of another budget.
     """
-    known = members(world)
+    known, exam = members(world), exam_of(world)
     if unknown := [n for n in names if n not in known]:
         raise ValueError(f"no recipe {world}/{unknown[0]}; there are {', '.join(known)}")
     terms = {"world": world, "budget": budget, "count": count}
@@ -110,7 +120,7 @@ def play(world: str, out: Path, names: Sequence[str] = (), budget: int = BUDGET,
         path = out / "teacher" / f"{solver}_{calls}.json"
         if not path.is_file():
             say(f"teacher, {solver}, {calls} steps")
-            models.evaluate(f"teacher:{world}", world, count, path, steps=calls, solver=solver)
+            evaluate(f"teacher:{world}", exam, count, path, steps=calls, solver=solver)
     for name in names or known:
         if not (out / name / "row.json").is_file():
             say(f"{name}")
@@ -142,7 +152,7 @@ def _row(world: str, name: str, folder: Path, budget: int, count: int) -> dict[s
             except ValueError as error:                                         # its sampler has its own number of steps
                 row["results"][str(calls)] = {"left_out": str(error)}
                 continue
-            models.evaluate(str(student), world, count, folder / f"{calls}.json", steps=calls)
+            evaluate(str(student), exam_of(world), count, folder / f"{calls}.json", steps=calls)
             row["results"][str(calls)] = {"file": f"{name}/{calls}.json"}
     except (FloatingPointError, ValueError) as error:
         row["failed"] = str(error)
@@ -178,7 +188,8 @@ def publish(out: Path, to: Path) -> dict[str, Any]:
         raise ValueError(f"{out} holds no finished method and baseline yet")
     terms = json.loads((out / "league.json").read_text())
     first = min((r for r in table if "passes" not in r and r["calls"] == max(CALLS)), key=_head)
-    paired = iter(report.differences([_reported(r) for r in [first, *(r for r in table if "passes" in r)]])[1:])
+    compared = [_reported(r) for r in [first, *(r for r in table if "passes" in r)]]
+    paired = iter(report.differences(compared, report.pairings(compared))[1:])
     entries = [{"name": r["name"], "calls": r["calls"], "nfe": r["result"]["sampler"]["nfe"], "metrics": r["result"]["metrics"],
                 "ms_per_image": r["result"]["speed"]["ms_per_image"],
                 **{k: r[k] for k in ("family", "arxiv", "steps", "passes", "seconds", "bytes") if k in r},
@@ -205,7 +216,7 @@ def _reported(row: dict[str, Any]) -> report.Row:
 def markdown(content: dict[str, Any]) -> str:
     """The page: terms, one line for each model and number of calls, what failed."""
     names = list(content["entries"][0]["metrics"])
-    heads = ["model", "calls", "NFE", *(f"{n} {report.BETTER[n.split('_')[0]]}" for n in names), "against the teacher in 4", "ms / image",
+    heads = ["model", "calls", "NFE", *(f"{n} {tables.arrow(n)}" for n in names), "against the teacher in 4", "ms / image",
              "passes", "MiB", "minutes"]
     lines = [f"# League of the {content['world']} world", "",
              f"Made by `stepdistill league --world {content['world']}`. Every student is made for 4 equal steps, or for the one step "
@@ -218,8 +229,8 @@ def markdown(content: dict[str, Any]) -> str:
     for e in content["entries"]:
         delta = (e["difference"] or {}).get(names[0])
         cells = [e["name"], str(e["calls"]), str(e["nfe"]),
-                 *(report.number(e["metrics"][n]["value"], e["metrics"][n]["se"]) for n in names),
-                 report.number(delta["delta"], delta["se"]) if delta else "", f"{e['ms_per_image']:.2f}",
+                 *(tables.number(e["metrics"][n]["value"], e["metrics"][n]["se"]) for n in names),
+                 tables.number(delta["delta"], delta["se"]) if delta else "", f"{e['ms_per_image']:.2f}",
                  f"{e['passes']:,}" if "passes" in e else "", f"{e['bytes'] / 2**20:.0f}" if "bytes" in e else "",
                  f"{e['seconds'] / 60:.1f}" if "seconds" in e else ""]
         lines.append(f"| {' | '.join(cells)} |")
@@ -235,17 +246,17 @@ def plot(entries: Sequence[dict[str, Any]]) -> Figure:
     order = sorted(students, key=lambda n: min(map(value, students[n])), reverse=True)
     figure = Figure(figsize=(8, 1.4 + 0.32 * max(1, len(order))), layout="constrained")
     axes = figure.subplots()
-    for calls, colour in zip(CALLS, report.COLOURS[:len(CALLS)], strict=True):
+    for calls, colour in zip(CALLS, charts.COLOURS[:len(CALLS)], strict=True):
         points = [(value(e), i) for i, n in enumerate(order) for e in students[n] if e["calls"] == calls]
         axes.scatter([x for x, _ in points], [y for _, y in points], color=colour, s=42, zorder=3, edgecolor="white",
                      label=f"{calls} call{'s' if calls > 1 else ''}")
     for calls, style in ((max(CALLS), (0, (4, 3))), (50, "-")):
         found = [value(e) for e in entries if "passes" not in e and e["calls"] == calls]
         if found:
-            axes.axvline(min(found), color=report.GREY, linewidth=1.2, linestyle=style, zorder=1, label=f"teacher, {calls} steps")
+            axes.axvline(min(found), color=charts.GREY, linewidth=1.2, linestyle=style, zorder=1, label=f"teacher, {calls} steps")
     axes.set_yticks(range(len(order)), order)
     axes.set_xscale("log")
-    axes.set_xlabel(f"{head}, lower is better", color=report.INK)
+    axes.set_xlabel(f"{head}, lower is better", color=charts.INK)
     axes.grid(axis="x", which="both", color="#e4e7eb", linewidth=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))

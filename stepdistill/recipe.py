@@ -35,6 +35,16 @@ class TeacherRecipe:
     loras: Mapping[str, float] = field(default_factory=dict)  # LoRA files merged into it first, with their scales: {style.safetensors: 0.8}
     quantize: QuantizeRecipe | None = None               # of the frozen base, where every copy of a pipeline's network is an adapter on it
 
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return worlds.teacher_folder(self.path) or Path(self.path)
+
+    @property
+    def name(self) -> str:
+        """What it is called where its folder may be another: a shipped one by its name, another by the folder's."""
+        return self.path if worlds.teacher_folder(self.path) else Path(self.path).name
+
 
 @dataclass(frozen=True)
 class StudentRecipe:
@@ -79,7 +89,7 @@ class OptimRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Pictures for the methods that read them, prompts for the pipelines that take them. A world brings its own."""
+    """Pictures for the methods that read them, prompts for the pipelines that take them. A world brings its own of both."""
 
     folder: Path | None = None                           # one sub-folder per class; captioned pictures, tars or a dataset for a pipeline
     prompts: Path | None = None                          # one prompt per line, or a table or dataset of them
@@ -90,6 +100,20 @@ class DataRecipe:
     def __post_init__(self) -> None:
         if any(min(bucket) < 1 for bucket in self.buckets) or len(set(self.buckets)) < len(self.buckets):
             raise ValueError(f"data.buckets are heights and widths, each pair once, got {self.buckets}")
+
+
+@dataclass(frozen=True)
+class ExamRecipe:
+    """Scores while training. `stepdistill train` writes them into the log as exam/... and keeps the best checkpoint in RUN/best."""
+
+    every: int = 0                                       # loop steps from exam to exam, and one after the last; 0: never
+    count: int = 500                                     # pictures of each exam, once of the average and once of the raw weights
+    seed: int = 1_000_000                                # of their noise: not one that the final score uses
+    best: Literal["kid", "frechet"] = "kid"              # the distance whose smallest value marks the best checkpoint
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.count < 50 or not 0 <= self.seed < 2**63:
+            raise ValueError("exam.every cannot be negative, exam.count must be at least 50, exam.seed must lie in [0, 2^63)")
 
 
 @dataclass(frozen=True)
@@ -120,6 +144,7 @@ class Recipe:
     log_every: int = 10
     preview_every: int = 0                               # 0: only at the end
     preview_count: int = 40
+    exam: ExamRecipe = ExamRecipe()                      # scores on a few pictures while training
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     max_skips: int = 10                                  # non-finite updates in a row before the run stops
 
@@ -189,10 +214,11 @@ def parse(tree: Mapping[str, Any]) -> Recipe:
         raise ValueError(f"teacher.quantize: {copies[0]} would be a full copy, and only a frozen base can be quantised; make it an adapter "
                          f"with lora.{copies[0]}.rank")
     given = recipe.teacher
-    loras = {str(_absolute(Path(path))): scale for path, scale in given.loras.items()}
-    teacher = given if worlds.teacher_folder(given.path) else dataclasses.replace(given, path=str(_absolute(Path(given.path))), loras=loras)
+    path = given.path if worlds.teacher_folder(given.path) else str(_absolute(Path(given.path)))
+    loras = {str(_absolute(Path(file))): scale for file, scale in given.loras.items()}
+    teacher = dataclasses.replace(given, path=path, call={**worlds.call_of(path), **given.call}, loras=loras)
     student = dataclasses.replace(recipe.student, weights=_absolute(recipe.student.weights))
-    if recipe.data.buckets and (given.call.get("height"), given.call.get("width")) not in recipe.data.buckets:
+    if recipe.data.buckets and (teacher.call.get("height"), teacher.call.get("width")) not in recipe.data.buckets:
         raise ValueError("data.buckets must hold the height and width of teacher.call, the size of previews and of what plan counts")
     given_data, start = recipe.data, _absolute(recipe.start)
     data = dataclasses.replace(given_data, folder=_absolute(given_data.folder), prompts=_absolute(given_data.prompts),

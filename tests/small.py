@@ -19,6 +19,7 @@ from stepdistill.models.adapters import LoraRecipe
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.roles import Roles
+from stepdistill.worlds.fashion.data import CLASSES
 
 TABLE = TableVP.scaled_linear()
 COUNT = 4
@@ -42,7 +43,7 @@ def labelled(draws: Draws, method: Method[Any]) -> Batch:
         labels = draws.each(f"{name}/labels").integers(NULL)
         x0, z = (draws.each(f"{name}/{part}").normal(*method.setup.shape) for part in ("x0", "z"))
         made[name] = Sample(Conditioning({"class_labels": labels}, {"class_labels": torch.full_like(labels, NULL)}),
-                            None if isinstance(stream, Conditions) else x0, z if isinstance(stream, Pairs) else None)
+                            None if isinstance(stream, Conditions) else x0, z if isinstance(stream, Pairs) else None, labels)
     return Batch(made)
 
 
@@ -50,7 +51,7 @@ def unet_roles(method: Method[Any], guidance: float = 2.0, lora: Mapping[str, Lo
     """Roles over a tiny U-Net on Stable Diffusion's table, every copy moved away from the teacher: equal scores would hide mistakes."""
     teacher = Denoiser(tiny_unet(), TABLE, kind, guidance=guidance, taps=("mid_block",))
     example = torch.zeros(1, 1, 8, 8), f64([0.5]), Conditioning({"class_labels": torch.zeros(1, dtype=torch.long)})
-    m = Roles.build(method.needs(method.cfg), teacher, lambda: example, lora=lora, boundaries=method.sampler().boundaries)
+    m = Roles.build(method.needs(method.cfg), teacher, lambda: example, lora=lora, boundaries=method.sampler().boundaries, labels=CLASSES)
     with torch.no_grad():
         for name in m.trains:
             generator = torch.Generator().manual_seed(len(name))

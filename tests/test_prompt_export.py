@@ -538,7 +538,7 @@ def test_sample_with_other_steps_warns(foreign: Path, tmp_path: Path, capsys: py
     (["sample", "{student}", "--to", "{tmp}/x", "--prompt", "a", "--label", "b"], "leave --label out"),
     (["sample", "{student}", "--to", "{tmp}/x", "--prompt", "a", "--steps", "2"], "sampled in 4 steps at its own times"),
     (["sample", "{student}", "--to", "{tmp}/x", "--prompts", "{tmp}/none.txt"], "does not exist"),
-    (["eval", "{student}", "--to", "{tmp}/x.json"], "no evaluation protocol takes one yet"),
+    (["eval", "{student}", "--to", "{tmp}/x.json"], "choose a protocol that has some"),
 ])
 def test_what_cannot_be_asked_of_a_prompted_student(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                     arguments: list[str], message: str) -> None:
@@ -559,7 +559,7 @@ def test_a_damaged_export_is_named(student: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(ValueError, match="damaged or were replaced"):
         load_student(tmp_path / "s", prompts=PROMPTS)
-    with pytest.raises(ValueError, match="no evaluation protocol"):
+    with pytest.raises(ValueError, match="holds no figures yet"):
         add_results(tmp_path / "s", [])
     (tmp_path / "s" / "stepdistill.json").write_text(json.dumps({k: v for k, v in notes(tmp_path / "s").items() if k != "schedule"}))
     with pytest.raises(ValueError, match="it lacks schedule"):

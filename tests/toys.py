@@ -18,9 +18,11 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from oracles import GaussianTeacher, MixtureTeacher, f64
 from torch import Tensor, nn
 
+from stepdistill.diagnose import case_of, judge
 from stepdistill.diffusion.draws import Draws, Noise, key
 from stepdistill.diffusion.process import Flow, NoiseProcess
 from stepdistill.diffusion.sampler import sample
+from stepdistill.losses.reported import Mean
 from stepdistill.methods.base import Batch, Conditions, Images, Method, Sample, Stream, Update
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
@@ -28,6 +30,7 @@ from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.roles import Role, Roles
 from stepdistill.recipe import OptimRecipe
 from stepdistill.training.assemble import restarts_of, run_update, updates_of
+from stepdistill.training.log import Means
 from stepdistill.training.optim import Optimizers
 
 HARMONICS = 8
@@ -190,8 +193,9 @@ class ToyRoles(Roles):
         self.module(name).load_state_dict(self.start.state_dict())
 
 
-def toy_roles(needs: Mapping[str, Role], teacher: Denoiser, student: Denoiser, seed: int = 0, boundaries: Sequence[float] = ()) -> Roles:
-    """The roles of a method whose teacher is exact and whose other networks are copies of `student`."""
+def toy_roles(needs: Mapping[str, Role], teacher: Denoiser, student: Denoiser, seed: int = 0, boundaries: Sequence[float] = (),
+              judge: nn.Module | None = None) -> Roles:
+    """The roles of a method whose teacher is exact and whose other networks are copies of `student`, its judge this one."""
     denoisers = {name: teacher if name == "teacher" else student.copy() if role.experts == 1 else student.divided(boundaries)
                  for name, role in needs.items() if role.source == "teacher"}
     heads = {}
@@ -201,7 +205,8 @@ def toy_roles(needs: Mapping[str, Role], teacher: Denoiser, student: Denoiser, s
                 torch.manual_seed(key(seed, name))
                 x = torch.zeros(1, student.network.leave.out_features)
                 heads[name] = role.of, Discriminator(student(x, f64([0.5]), Conditioning(), tap=True).features)
-    roles = ToyRoles(denoisers, heads, [name for name, role in needs.items() if role.trains])
+    judges = {name: judge for name, role in needs.items() if role.source == "judge" and judge is not None}
+    roles = ToyRoles(denoisers, heads, [name for name, role in needs.items() if role.trains], judges)
     roles.start = student.network
     return roles
 
@@ -225,10 +230,15 @@ def run_of(method: Method[Any], roles: Roles, draws: Callable[[int, int], Draws]
 
 
 def train(method: Method[Any], roles: Roles, optim: Mapping[str, OptimRecipe], steps: int, draws: Callable[[int, int], Draws],
-          data: Callable[[Draws], Batch], watch: Callable[[int, Update], None] | None = None) -> dict[str, int]:
-    """The loop of the library without recipe, folder and accelerator. Returns how often each role moved."""
-    run = run_of(method, roles, draws, data)
-    stages, begins = [stage for stage in method.stages(steps) if stage.steps], 0
+          data: Callable[[Draws], Batch], watch: Callable[[int, Update], None] | None = None,
+          lines: list[dict[str, float]] | None = None) -> dict[str, int]:
+    """The loop of the library without recipe, folder and accelerator. Returns how often each role moved.
+
+    `lines` takes what the log would hold, in 64 lines; without them a gradient that is not finite is an error.
+    """
+    run, every, means, unseen = run_of(method, roles, draws, data), max(1, steps // 64), Means(), set(roles.trains)
+    run.accelerator.reduce = lambda sums, how: sums
+    stages, begins, skipped = [stage for stage in method.stages(steps) if stage.steps], 0, 0
     optimizers = Optimizers(roles, optim, {**dict.fromkeys(roles.trains, 0), **updates_of(method, steps)}, restarts_of(method, stages))
     for step in range(steps):
         if step == begins:
@@ -239,26 +249,38 @@ def train(method: Method[Any], roles: Roles, optim: Mapping[str, OptimRecipe], s
             begins += stage.steps
         batches: list[Any] = []
         for index, update in enumerate(method.plan(step)):
-            batches, _ = run_update(run, step, index, update, batches)
-            norms = optimizers.step(update.trains)
-            assert all(math.isfinite(n) for n in norms.values()), f"step {step}: gradient norms {norms}"
+            batches, logs = run_update(run, step, index, update, batches)
+            norms, moved = optimizers.step(update.trains, unseen & set(update.trains) if lines is not None else ())
+            assert lines is not None or all(math.isfinite(n) for n in norms.values()), f"step {step}: gradient norms {norms}"
             method.after_update(roles, update, optimizers.counts[update.trains[0]])
+            unseen -= set(update.trains)
             if watch:
                 watch(step, update)
+            if lines is not None and all(math.isfinite(n) for n in norms.values()):
+                numbers = {**{f"grad/{n}": v for n, v in norms.items()}, **{f"moved/{n}": v for n, v in moved.items()}}
+                means.add({**logs, **{name: Mean.of(number, torch.device("cpu")) for name, number in numbers.items()}})
+            elif lines is not None:
+                skipped += 1
+        if lines is not None and (step + 1) % every == 0:
+            rates = {f"lr/{name}": rate for name, rate in optimizers.rates().items()}
+            lines.append({"step": step, **means.take(run), **rates, "skipped": skipped})
+            unseen = set(roles.trains)
     return optimizers.counts
 
 
 def distil(method: Method[Any], teacher: MixtureTeacher, start: Denoiser, optim: dict[str, OptimRecipe], steps: int, batch: int,
-           seed: int = 0) -> Roles:
-    """Train every role from `start` against the exact teacher."""
+           seed: int = 0, lines: list[dict[str, float]] | None = None) -> Roles:
+    """Train every role from `start` against the exact teacher, in good health where `lines` are not asked for."""
     needs, streams, dim = method.needs(method.cfg), method.data(method.cfg), teacher.means[0].numel()
     roles = toy_roles(needs, Oracle(teacher).denoiser(), start, seed, method.sampler().boundaries)
 
     def clean(noise: Noise) -> Tensor:
         return teacher.data(batch, torch.Generator().manual_seed(noise.seeds[0])).reshape(batch, dim).float()
 
+    seen: list[dict[str, float]] = [] if lines is None else lines
     train(method, roles, {name: optim[name] for name in roles.trains}, steps,
-          lambda step, update: FastDraws(seed, range(batch), step, update), lambda draws: toy_data(streams, draws, clean))
+          lambda step, update: FastDraws(seed, range(batch), step, update), lambda draws: toy_data(streams, draws, clean), lines=seen)
+    assert lines is not None or judge(case_of(seen)) == []
     return roles
 
 

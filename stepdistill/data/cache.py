@@ -27,7 +27,7 @@ import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from stepdistill import worlds
 from stepdistill.data.pictures import Picture, fitted, is_small, nearest, say_enlarged
 from stepdistill.models.conditioning import Conditioning, Leaf
 from stepdistill.models.kept import Kept, Learnt, pack, unpack
@@ -272,8 +273,10 @@ class Cache:
         for name, entry in entries.items():
             if isinstance(entry, list) and entry[0] is not None and not name.startswith("_"):
                 if name not in self._files:
-                    self._files[name] = files_digest(folder / name, "*.json" if name in (network, f"{network}_2", "scheduler") else "*")
-                parts[name] = self._files[name]
+                    kinds = "*.json" if name in (network, f"{network}_2", "scheduler") else "*"
+                    with suppress(FileNotFoundError):                          # a package that is gone is not compared either
+                        self._files[name] = files_digest(worlds.place_of(folder, name), kinds)
+                parts[name] = self._files.get(name)
         parts |= {"call": digest(wanted.call), "dtype": digest(str(wanted.dtype)), "prompts": digest(wanted.texts)}
         parts["loras"] = digest([(scale, file_digest(Path(path))) for path, scale in wanted.loras.items()])
         if baked:

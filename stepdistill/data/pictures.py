@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.data import tables
 from stepdistill.data.prompts import KEYS, captioned, decoded, objects, parsed, spoken
+from stepdistill.images import from_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 COLUMNS = ("image", "picture", "img", "jpg", "png", "webp")
@@ -73,9 +73,7 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Tensor:
     side = min(image.width * size[0], image.height * size[1])
     crop = round(side / size[0]), round(side / size[1])                              # (width, height) of the target's aspect
     left, top = (image.width - crop[0]) // 2, (image.height - crop[1]) // 2
-    image = image.crop((left, top, left + crop[0], top + crop[1])).resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return data.reshape(size[0], size[1], -1).permute(2, 0, 1).contiguous()
+    return from_image(image.crop((left, top, left + crop[0], top + crop[1])).resize((size[1], size[0]), Image.Resampling.LANCZOS))
 
 
 def is_small(image: Image.Image, size: tuple[int, int]) -> bool:

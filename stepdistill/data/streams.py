@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stepdistill import worlds
 from stepdistill.data.pairs import PairSet
 from stepdistill.data.pictures import SUFFIXES, Picture, picture_files, tensors
 from stepdistill.diffusion.draws import Draws
@@ -45,13 +46,11 @@ class CleanStates(Protocol):
 
 
 def world_pictures(name: str) -> PictureSet:
-    """The training pictures of a shipped world."""
-    from stepdistill.worlds.fashion import data
-
-    if name != "fashion":
-        raise ValueError(f"unknown world {name!r}")
-    pictures = data.load("train")
-    return PictureSet(pictures.images, pictures.labels)
+    """The labelled training pictures of a shipped world. ValueError where there is none of this name that has any."""
+    world = worlds.world_of(name)
+    if world is None or world.labelled is None:
+        raise ValueError(f"unknown world {name!r} of labelled pictures")
+    return PictureSet(*world.labelled())
 
 
 def folder_pictures(folder: Path, size: tuple[int, int], channels: int, labels: tuple[str, ...]) -> PictureSet:
@@ -108,18 +107,21 @@ class Source:
         return self.prompts or max(1, self.teacher.classes) if pictures is None else len(pictures.labels)
 
     def _sample(self, name: str, stream: Stream, draws: Draws) -> Sample:
-        rows = draws.each(f"data/{name}")
+        rows, device = draws.each(f"data/{name}"), self.teacher.device
         if isinstance(stream, Pairs):
             if self.pairs is None:
                 raise ValueError(NO_PAIRS)
             z, y, labels = self.pairs.rows(rows.integers(self.pairs.count))
-            return Sample(self.teacher.condition(labels), y.to(self.teacher.device), z.to(self.teacher.device))
+            return self._of(labels, y.to(device), z.to(device))
         if not isinstance(stream, Images):
-            return Sample(self.teacher.condition(rows.integers(self.prompts or max(1, self.teacher.classes))))
+            return self._of(rows.integers(self.prompts or max(1, self.teacher.classes)))
         if self.pictures is None:
             raise ValueError("this method reads real pictures: set data.folder (or, for DMD2 without pictures, method.gan_weight=0)")
         chosen = rows.integers(len(self.pictures.labels)).cpu()
-        return Sample(self.teacher.condition(self.pictures.labels[chosen]), self.pictures.states(chosen, self.teacher))
+        return self._of(self.pictures.labels[chosen], self.pictures.states(chosen, self.teacher))
+
+    def _of(self, labels: Tensor, x0: Tensor | None = None, z: Tensor | None = None) -> Sample:
+        return Sample(self.teacher.condition(labels), x0, z, labels.to(self.teacher.device))
 
 
 @dataclass(frozen=True)

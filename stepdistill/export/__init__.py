@@ -16,6 +16,7 @@ Students of a whole pipeline are one of its class, with a scheduler that runs th
 Both hold
 
     recipe.yaml  stepdistill.json     how it was made; what a diffusers folder cannot say (codec, labels, sampler, digest, ...)
+    recipe_merged.yaml                in a merge of two students the recipe of the other
     README.md                         the model card
 """
 
@@ -26,7 +27,6 @@ import hashlib
 import inspect
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,11 +46,12 @@ from stepdistill import recipe as recipes
 from stepdistill.diffusion.process import Flow
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.export import lora as loras
-from stepdistill.export import schedule
+from stepdistill.export import schedule, students
 from stepdistill.export.cards import card, pipeline_card
 from stepdistill.export.schedule import Plan, scheduler_of
+from stepdistill.export.students import Student, shares_of
 from stepdistill.models import inputs as told
-from stepdistill.models.adapters import is_adapter, layers_of, merged
+from stepdistill.models.adapters import LoraRecipe, is_adapter, layers_of, merged
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.drive import Driven
 from stepdistill.models.experts import parts_of
@@ -58,25 +59,27 @@ from stepdistill.models.load import NOTES, Teacher, Vae, is_prompted, load_pipel
 from stepdistill.models.recorded import SCALES
 from stepdistill.models.recording import usual_inputs
 from stepdistill.models.wiring import Static, Wiring
-from stepdistill.recipe import Recipe
 from stepdistill.training import checkpoint
-from stepdistill.training.loop import CHECKPOINTS, RECIPE, say
+from stepdistill.training.loop import RECIPE
 
-__all__ = ["Exported", "add_results", "card", "export", "in_one_move", "load_student", "pipeline_card", "scheduler_of", "sha256"]
+__all__ = ["Exported", "add_results", "card", "export", "in_one_move", "load_student", "pipeline_card", "read_notes",
+           "scheduler_digest", "scheduler_of", "sha256", "shares_of"]
 
 CARD, PIPELINE, INDEX = "README.md", "pipeline.py", "model_index.json"
+OTHER_RECIPE = "recipe_merged.yaml"                                              # of the student that was averaged in
 WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
 OWN_SCHEDULER, STOCK_SCHEDULER = "few_step_scheduler", "stock_scheduler"
 SHARED_NOTES = {"sampler", "method", "teacher", "step", "ema"}
 MOST = 4                                                                         # networks in the pipeline of a class-conditional student
-NO_PROTOCOL = "is a pipeline with prompts, and no evaluation protocol takes one yet"
+NO_FIGURES = "is a pipeline with prompts, whose model card holds no figures yet"
 
 
 @dataclass(frozen=True)
 class Exported:
     """What was written. `ema` is False for a run that keeps no average, or where the raw weights were asked for.
 
-    `fit` says how well the adapter of a given rank holds a fully trained student; None where none was asked for.
+    `fit` says how well the adapter of a given rank holds a fully trained student, `merged` which other student is in the weights; None
+    where none was asked for.
     """
 
     folder: str
@@ -85,43 +88,45 @@ class Exported:
     ema: bool
     unet_sha256: str
     fit: loras.Fit | None = None
+    merged: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def export(run: Path, to: Path, weights: Literal["ema", "raw"] = "ema", *, dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-           results: Sequence[Path] = (), lora_rank: int | None = None) -> Exported:
-    """Write the newest readable checkpoint of a run, finished or not, into the new or empty folder `to`, in one move.
+           results: Sequence[Path] = (), lora_rank: int | None = None, best: bool = False, merge: Path | None = None,
+           share: float | None = None) -> Exported:
+    """Write the newest readable checkpoint of a run, finished or not, or its `best`, into the new or empty folder `to`, in one move.
 
     "ema" takes the average where the run keeps one. `results` are result files of the evaluation, for the card. `lora_rank` factors a
     fully trained student of a pipeline into an adapter of this rank beside its weights. Adapters are merged and saved in float32,
-    whatever `dtype` the weights are stored in. Raises FileNotFoundError or ValueError where `run` is not a run, has trained nothing yet
-    or is damaged, where `to` holds anything, and where the student can be no pipeline or no adapter of what it was trained from.
+    whatever `dtype` the weights are stored in. `merge` is another run of the same teacher: the weights are `share` (0.5) times those of
+    `run` plus 1 - share times those of `merge` (the best of each with `best`), adapters merged first; 1 and 0 are one of the two, bit for
+    bit. Raises FileNotFoundError or ValueError where `run` or `merge` is not a run, has trained nothing yet or is damaged, where the two
+    cannot be merged, where `to` holds anything, and where the student can be no pipeline or no adapter of what it was trained from.
     """
-    run, to = Path(run).expanduser(), Path(to).expanduser().resolve()
-    if not (run / RECIPE).is_file():
-        raise FileNotFoundError(f"{run} is not a run: it has no {RECIPE}")
-    if weights not in ("ema", "raw"):
-        raise ValueError(f"weights must be ema or raw, got {weights!r}")
+    to = Path(to).expanduser().resolve()
+    student = students.read(run, weights, best)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"{to} is not empty: choose another folder to export into")
-    recipe = recipes.load(run / RECIPE)
-    found = checkpoint.newest(run / CHECKPOINTS, say)
-    if found is None:
-        raise ValueError(f"nothing trained yet: {run} has no checkpoint; the first is written after step "
-                         f"{min(recipe.checkpoint_every, recipe.steps)}, or when the run is interrupted")
-    tensors, state = found
-    ema = weights == "ema" and recipe.ema_decay > 0
-    spec = _spec(state.get("sampler"), run)
-    if is_prompted(Path(recipe.teacher.path)):
+    if merge is not None:
+        student = students.merging(student, students.read(merge, weights, best), 0.5 if share is None else share)
+    elif share is not None:
+        raise ValueError("share is the run's part of a merge: name the other run with --merge")
+    recipe, spec = student.recipe, student.spec
+    if is_prompted(recipe.teacher.folder):
         if results:
-            raise ValueError(f"{run} {NO_PROTOCOL}: export it without results")
-        return _export_pipeline(run, to, tensors, state, spec, recipe, getattr(torch, dtype), ema, lora_rank)
+            raise ValueError(f"{student.run} {NO_FIGURES}: export it without results")
+        return _export_pipeline(student, to, getattr(torch, dtype), lora_rank)
     if lora_rank is not None:
         raise ValueError(f"--lora-rank is for students of a pipeline that diffusers loads adapters into; {recipe.teacher.path} is none")
     teacher = load_teacher(recipe.teacher.path)
-    network = torch.nn.Module.to(_filled(teacher, tensors, "ema/" if ema else "role/student/", spec, run), getattr(torch, dtype))
+    network = _filled(teacher, student)
+    if student.merge:
+        theirs = _filled(load_teacher(recipe.teacher.path), student.merge.other)
+        network.load_state_dict(students.averaged(network.state_dict(), theirs.state_dict(), student.merge.share))
+    torch.nn.Module.to(network, getattr(torch, dtype))
     with in_one_move(to) as folder:
         _pipeline(teacher, network, spec).save_pretrained(folder, safe_serialization=True, max_shard_size="1000GB")
         for inner in folder.glob("*/config.json"):
@@ -132,37 +137,55 @@ def export(run: Path, to: Path, weights: Literal["ema", "raw"] = "ema", *, dtype
             code = Path(told.__file__)
             _edit(folder / INDEX, {"unet": [code.stem, type(network).__name__]})
             (folder / "unet" / code.name).write_bytes(code.read_bytes())
-        (folder / RECIPE).write_text(recipes.dump(recipe))
-        notes = _notes(recipe, teacher, spec) | {"step": int(state["step"]), "ema": ema,
-                                                 "unet_sha256": digest(*sorted(folder.glob("unet*")))}
-        (folder / NOTES).write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n")
+        notes = _notes(student, teacher) | {"unet_sha256": digest(*sorted(folder.glob("unet*"))),
+                                            "scheduler_sha256": scheduler_digest(folder)}
+        _record(folder, student, notes)
         (folder / CARD).write_text(card(to.name, notes, recipe, results))
-    return Exported(str(to), notes["step"], recipe.steps, ema, notes["unet_sha256"])
+    return _exported(to, student, notes["unet_sha256"])
 
 
-def _export_pipeline(run: Path, to: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], spec: SamplerSpec, recipe: Recipe,
-                     dtype: torch.dtype, ema: bool, rank: int | None) -> Exported:
+def _trained(student: Student) -> dict[str, Any]:
+    """What the notes say of the weights."""
+    return {"step": student.step, "ema": student.ema, "best": student.best, "merged": student.merge.to_dict() if student.merge else None}
+
+
+def _record(folder: Path, student: Student, notes: Mapping[str, Any]) -> None:
+    """Write the notes and the recipe, or both recipes of a merge."""
+    (folder / RECIPE).write_text(recipes.dump(student.recipe))
+    if student.merge:
+        (folder / OTHER_RECIPE).write_text(recipes.dump(student.merge.other.recipe))
+    (folder / NOTES).write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n")
+
+
+def _exported(to: Path, student: Student, sha: str, fit: loras.Fit | None = None) -> Exported:
+    return Exported(str(to), student.step, student.recipe.steps, student.ema, sha, fit, _trained(student)["merged"])
+
+
+def _export_pipeline(student: Student, to: Path, dtype: torch.dtype, rank: int | None) -> Exported:
     """The teacher's own pipeline with the student's weights and a scheduler that runs them."""
-    source = Path(recipe.teacher.path)
+    recipe, spec, merge = student.recipe, student.spec, student.merge
+    source = recipe.teacher.folder
     pipeline = load_pipeline(source, loras=recipe.teacher.loras)
-    prefix = "ema/" if ema else "role/student/"
-    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    adapter, fit, factors = recipe.lora.get("student"), None, None
-    shares = shares_of(weights)
+    adapter, fit, factors = student.adapter, None, None
+    shares = shares_of(student.weights)
     names = {name for name in shares[0] if not (spec.inputs and name.endswith(".cond_proj.weight"))}
     fits = (lambda part: layers_of(shares[0]) <= dict(part.named_modules()).keys()) if adapter else (
         lambda part: part.state_dict().keys() == names)
     component = next((n for n, part in sorted(pipeline.components.items()) if isinstance(part, torch.nn.Module) and fits(part)), None)
-    if component is None or is_adapter(weights) != bool(adapter):
-        raise ValueError(f"the checkpoint of {run} fits no network of the pipeline at {source}; was the teacher replaced?")
-    if rank is not None and adapter:
-        raise ValueError(f"the student of {run} is an adapter of rank {adapter.rank} already: leave --lora-rank out")
+    if component is None or is_adapter(student.weights) != bool(adapter):
+        raise ValueError(f"the checkpoint of {student.run} fits no network of the pipeline at {source}; was the teacher replaced?")
+    if rank is not None and adapter and not merge:
+        raise ValueError(f"the student of {student.run} is an adapter of rank {adapter.rank} already: leave --lora-rank out")
     if rank is not None and not loras.saves(pipeline, component):
         raise ValueError(f"{type(pipeline).__name__} loads no adapters: leave --lora-rank out")
     if rank is not None and len(shares) > 1:
-        raise ValueError(f"the student of {run} is {len(shares)} networks, and an adapter is of one: leave --lora-rank out")
+        raise ValueError(f"the student of {student.run} is {len(shares)} networks, and an adapter is of one: leave --lora-rank out")
     components = [component, *_seconds(pipeline, component, len(shares))]
-    call = dict(state["call"])
+    if merge:                                                                    # from here on a student with weights of its own
+        networks = [getattr(pipeline, name) for name in components]
+        each = zip(students.whole(student, networks), students.whole(merge.other, networks), strict=True)
+        shares, adapter = [students.averaged(mine, theirs, merge.share) for mine, theirs in each], None
+    call = dict(student.call)
     if spec.inputs:
         pipeline.register_modules(**{component: _told_guidance(pipeline, getattr(pipeline, component), spec)})
         call = {keyword: number + spec.guidance - 1 for keyword, number in call.items()}       # it was the number of no guidance
@@ -171,24 +194,19 @@ def _export_pipeline(run: Path, to: Path, tensors: Mapping[str, Tensor], state: 
     driven.fit_shift(inputs, SCALES[0])
     chosen = schedule.plan(driven, inputs, spec)
     if adapter and len(shares) == 1 and loras.saves(pipeline, component):
-        factors = loras.of_adapter(weights, adapter)
+        factors = loras.of_adapter(shares[0], adapter)
     elif rank is not None:
-        factors, fit = loras.of_difference(getattr(pipeline, component), weights, rank)
-    for name, share in zip(components, shares, strict=True):
-        network = getattr(pipeline, name)
-        if adapter:
-            merged(network, share, adapter)
-        else:
-            network.load_state_dict(share)
-        torch.nn.Module.to(network, dtype)
+        factors, fit = loras.of_difference(getattr(pipeline, component), shares[0], rank)
+    for name, weights in zip(components, shares, strict=True):
+        torch.nn.Module.to(_with_weights(getattr(pipeline, name), weights, adapter), dtype)
     if spec.boundaries:
         pipeline.register_to_config(boundary_ratio=_ratio(driven, spec))
     notes = {"pipeline": type(pipeline).__name__, "component": component, "components": components, "sampler": spec.to_dict(),
-             "method": recipe.method["name"], "teacher": source.name,
+             "method": recipe.method["name"], "teacher": recipe.teacher.name,
              "call": {**recipe.teacher.call, "num_inference_steps": len(spec.times), **chosen.call, **call},
              "video": hasattr(pipeline, "video_processor"), **_walk(driven, chosen, spec, call),
              "teacher_scheduler": {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config},
-             "licence": licence_of(source), "step": int(state["step"]), "ema": ema, "versions": _versions()}
+             "licence": licence_of(source), **_trained(student), "versions": _versions()}
     pipeline.scheduler = chosen.scheduler
     with in_one_move(to) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
@@ -201,23 +219,21 @@ def _export_pipeline(run: Path, to: Path, tensors: Mapping[str, Tensor], state: 
             chosen.other.save_pretrained(folder / STOCK_SCHEDULER)
         files = loras.save(pipeline, component, factors, folder, to.name) if factors else ()
         held = len(next(iter(factors.values()))[0]) if factors else None
-        notes |= {"weights_sha256": digest(*(folder / name for name in components)),
+        notes |= {"weights_sha256": digest(*(folder / name for name in components)), "scheduler_sha256": scheduler_digest(folder),
                   "lora": {"files": files, "rank": held, "fit": fit.to_dict() if fit else None} if files else None}
         for legal in sorted(source.glob("LICENSE*")):
             shutil.copy(legal, folder)
-        (folder / RECIPE).write_text(recipes.dump(recipe))
-        (folder / NOTES).write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n")
+        _record(folder, student, notes)
         (folder / CARD).write_text(pipeline_card(to.name, notes, recipe))
-    return Exported(str(to), int(state["step"]), recipe.steps, ema, notes["weights_sha256"], fit)
+    return _exported(to, student, notes["weights_sha256"], fit)
 
 
-def shares_of(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Saved weights or adapters of each expert, under the names they have in its network; of one network all of them."""
-    named = {key: re.fullmatch(r"experts[./](\d+)[./](.+)", key) for key in weights}
-    shares: dict[int, dict[str, Tensor]] = {}
-    for key, match in named.items():
-        shares.setdefault(int(match[1]) if match else 0, {})[match[2] if match else key] = weights[key]
-    return [shares[i] for i in sorted(shares)]
+def _with_weights(network: torch.nn.Module, weights: Mapping[str, Tensor], adapter: LoraRecipe | None) -> torch.nn.Module:
+    """A network that holds its teacher's weights with those of a student, or with its adapter merged in; changed in place."""
+    if adapter is None:
+        network.load_state_dict(weights)
+        return network
+    return merged(network, weights, adapter)
 
 
 def _seconds(pipeline: Any, component: str, count: int) -> list[str]:
@@ -297,14 +313,14 @@ def load_student(folder: Path, *, prompts: Sequence[str] = (), device: torch.dev
     is run.
     """
     folder = Path(folder).expanduser().resolve()
-    notes = _read_notes(folder)
+    notes = read_notes(folder)
     if is_prompted(folder):
         return _load_prompted(folder, notes, prompts, device=device, autocast=autocast, dtype=dtype)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}: export the student again")
     if digest(*sorted(folder.glob("unet*"))) != notes["unet_sha256"]:
         raise ValueError(f"{folder / WEIGHTS} is damaged or was replaced: it does not match the digest in {NOTES}; export it again")
-    return load_teacher(folder, device=device, autocast=autocast, dtype=dtype), _spec(notes["sampler"], folder)
+    return load_teacher(folder, device=device, autocast=autocast, dtype=dtype), students.spec_of(notes["sampler"], folder)
 
 
 def _load_prompted(folder: Path, notes: Mapping[str, Any], prompts: Sequence[str], **options: Any) -> tuple[Teacher, SamplerSpec]:
@@ -313,7 +329,7 @@ def _load_prompted(folder: Path, notes: Mapping[str, Any], prompts: Sequence[str
         raise FileNotFoundError(f"{component} holds no weights: export the student again")
     if digest(component, *others) != notes["weights_sha256"]:
         raise ValueError(f"the weights in {component} are damaged or were replaced: they do not match the digest in {NOTES}; export again")
-    recipe, spec = recipes.load(folder / RECIPE), _spec(notes["sampler"], folder)
+    recipe, spec = recipes.load(folder / RECIPE), students.spec_of(notes["sampler"], folder)
     with _as_taught(folder, notes["teacher_scheduler"]) as taught:
         model = load_teacher(taught, prompts=prompts, call=recipe.teacher.call, guidance=1.0 if spec.inputs else recipe.guidance, **options)
     denoiser = _untold(model.denoiser) if spec.inputs else model.denoiser
@@ -348,9 +364,9 @@ def _as_taught(folder: Path, scheduler: Mapping[str, Any]) -> Iterator[Path]:
 def add_results(folder: Path, results: Sequence[Path]) -> None:
     """Write the model card again with these figures instead of those it had."""
     folder = Path(folder).expanduser().resolve()
-    notes = _read_notes(folder)
+    notes = read_notes(folder)
     if is_prompted(folder):
-        raise ValueError(f"{folder} {NO_PROTOCOL}")
+        raise ValueError(f"{folder} {NO_FIGURES}")
     if not (folder / RECIPE).is_file():
         raise FileNotFoundError(f"{folder} has no {RECIPE}: export the student again")
     checkpoint.write_atomically(folder / CARD, card(folder.name, notes, recipes.load(folder / RECIPE), results))
@@ -366,6 +382,13 @@ def digest(*folders: Path) -> str:
     """SHA-256 of the weights of a network, or of several: of its one file, or of all files' digests in the order of their names."""
     each = [sha256(path) for folder in folders for path in sorted(folder.glob("*.safetensors"))]
     return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def scheduler_digest(folder: Path) -> str:
+    """SHA-256 of how an export is run: of its scheduler's files, and of the sampler that a class-conditional one keeps in its index."""
+    files = {path.name: path.read_text() for path in sorted((folder / "scheduler").iterdir()) if path.is_file()}
+    kept = json.dumps([files, read_json(folder / INDEX).get("sampler")], sort_keys=True)
+    return hashlib.sha256(kept.encode()).hexdigest()
 
 
 @contextmanager
@@ -390,9 +413,9 @@ def _code(name: str) -> bytes:
     return resources.files("stepdistill.pipelines").joinpath(f"{name}.py").read_bytes()
 
 
-def _filled(teacher: Teacher, tensors: Mapping[str, Tensor], prefix: str, spec: SamplerSpec, run: Path) -> torch.nn.Module:
-    """The teacher's network with the weights of a checkpoint."""
-    network = teacher.denoiser.network
+def _filled(teacher: Teacher, student: Student) -> torch.nn.Module:
+    """The teacher's network with the weights of a student."""
+    network, spec, run = teacher.denoiser.network, student.spec, student.run
     if spec.inputs:
         told.add_inputs(network, spec.inputs)
     if len(spec.boundaries) >= MOST:
@@ -401,11 +424,10 @@ def _filled(teacher: Teacher, tensors: Mapping[str, Tensor], prefix: str, spec: 
     if spec.boundaries:
         network = teacher.denoiser.divided(spec.boundaries).network
     try:
-        network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    except RuntimeError as error:
+        return _with_weights(network, student.weights, student.adapter)
+    except (KeyError, RuntimeError) as error:
         raise ValueError(f"the checkpoint of {run} does not fit the teacher at {teacher.folder}; was the teacher replaced? "
                          f"{' '.join(str(error).split())[:300]}") from error
-    return network
 
 
 def _pipeline(teacher: Teacher, network: torch.nn.Module, spec: SamplerSpec) -> Any:
@@ -419,26 +441,20 @@ def _pipeline(teacher: Teacher, network: torch.nn.Module, spec: SamplerSpec) -> 
         sampler={**spec.to_dict(), "steps": len(spec.times)})
 
 
-def _notes(recipe: Recipe, teacher: Teacher, spec: SamplerSpec) -> dict[str, Any]:
+def _notes(student: Student, teacher: Teacher) -> dict[str, Any]:
     """What a diffusers folder cannot say. The first five are a teacher's notes, so an export is loaded as a teacher is."""
     picture = teacher.pictures(torch.zeros(1, *teacher.shape)).shape[1:]
     return {"codec": teacher.codec.to_dict(), "classes": teacher.classes, "null_class": teacher.null_class, "labels": list(teacher.labels),
-            "licence": teacher.notes.get("licence"), "picture": list(picture), "sampler": spec.to_dict(), "method": recipe.method["name"],
-            "teacher": recipe.teacher.path, "versions": _versions()}
+            "licence": teacher.notes.get("licence"), "picture": list(picture), "sampler": student.spec.to_dict(),
+            "method": student.recipe.method["name"], "teacher": student.recipe.teacher.path, **_trained(student), "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:
     return {"stepdistill": stepdistill.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
-def _spec(values: Any, where: Path) -> SamplerSpec:
-    try:
-        return SamplerSpec.from_dict(values)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{where} is damaged: what it says of its sampler cannot be used ({error})") from error
-
-
-def _read_notes(folder: Path) -> dict[str, Any]:
+def read_notes(folder: Path) -> dict[str, Any]:
+    """What an export says of itself; FileNotFoundError or ValueError where it is none or damaged."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no exported student at {folder}")
     if not (folder / NOTES).is_file() or "sampler" not in (notes := read_json(folder / NOTES)):

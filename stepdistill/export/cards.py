@@ -26,7 +26,16 @@ TEMPLATE = """\
 
 A **{{ calls }}-step**{{ " class-conditional" if notes.classes }} image model: a student of `{{ teacher }}`, distilled with
 [{{ method.title }}](https://arxiv.org/abs/{{ method.arxiv }}) by stepdistill.
-{% if notes.step < recipe.steps %}
+{% if merged %}
+
+Its weights are {{ "%g" % merged.share }} times that student's plus {{ "%g" % (1 - merged.share) }} times those of another student of the
+same teacher, distilled with [{{ merged.title }}](https://arxiv.org/abs/{{ merged.arxiv }}).
+{% endif %}
+{% if notes.get("best") %}
+
+**Chosen:** step {{ notes.step }} of {{ recipe.steps }}, which had the smallest distance ({{ recipe.exam.best }}) on {{ recipe.exam.count }}
+pictures while training. That distance is no evidence: score the student on other seeds.
+{% elif notes.step < recipe.steps %}
 
 **Unfinished:** exported after step {{ notes.step }} of {{ recipe.steps }}.
 {% endif %}
@@ -97,11 +106,18 @@ None: this student has not been evaluated for this card.
 | teacher | `{{ teacher }}`, guidance {{ recipe.guidance }} |
 | method | {{ method.title }} (`{{ notes.method }}`), arXiv [{{ method.arxiv }}](https://arxiv.org/abs/{{ method.arxiv }}) |
 | training | {{ notes.step }} of {{ recipe.steps }} steps, {{ recipe.batch_size }} samples each, {{ recipe.precision }} |
+{% if merged %}
+| merged with | {{ merged.title }} (`{{ merged.method }}`), step {{ merged.step }} of {{ merged.steps }}, \
+{{ "EMA" if merged.ema else "as trained, no average" }}; recipe in `recipe_merged.yaml` |
+{% endif %}
 | seed | {{ recipe.seed }} |
 | weights | {{ "EMA, decay %s" % recipe.ema_decay if notes.ema else "as trained, no average" }}, SHA-256 `{{ notes.unet_sha256 }}` |
 | versions | {% for k, v in notes.versions.items() %}{{ k }} {{ v }}{{ ", " if not loop.last }}{% endfor %} |
 
 `recipe.yaml` is the whole recipe: `stepdistill train --config recipe.yaml --out RUN` repeats it.
+{% if merged %}
+`recipe_merged.yaml` is that of the other student: train both, then `stepdistill export RUN --merge OTHER --share {{ merged.share }}`.
+{% endif %}
 
 ## Limits
 
@@ -111,7 +127,7 @@ None: this student has not been evaluated for this card.
 {% endif %}
 - It knows what its teacher knows: the same classes and size, and the faults and biases of the teacher and of its data.
 - Few-step students tend to show less variety than their teacher. Judge a measure of it (recall, coverage) beside any of realism.
-{% if notes.step < recipe.steps %}
+{% if notes.step < recipe.steps and not notes.get("best") %}
 - Its training had not ended: expect less than the method can do.
 {% endif %}
 
@@ -129,7 +145,16 @@ PIPELINE_TEMPLATE = """\
 
 A **{{ calls }}-step** student of `{{ notes.teacher }}` (`{{ notes.pipeline }}`), distilled with
 [{{ method.title }}](https://arxiv.org/abs/{{ method.arxiv }}) by stepdistill.
-{% if notes.step < recipe.steps %}
+{% if merged %}
+
+Its weights are {{ "%g" % merged.share }} times that student's plus {{ "%g" % (1 - merged.share) }} times those of another student of the
+same teacher, distilled with [{{ merged.title }}](https://arxiv.org/abs/{{ merged.arxiv }}).
+{% endif %}
+{% if notes.get("best") %}
+
+**Chosen:** step {{ notes.step }} of {{ recipe.steps }}, which had the smallest distance ({{ recipe.exam.best }}) on {{ recipe.exam.count }}
+pictures while training. That distance is no evidence: score the student on other seeds.
+{% elif notes.step < recipe.steps %}
 
 **Unfinished:** exported after step {{ notes.step }} of {{ recipe.steps }}.
 {% endif %}
@@ -206,6 +231,11 @@ The weights in this folder have it merged in.
 
 `recipe.yaml` is the whole recipe: step {{ notes.step }} of {{ recipe.steps }}, {{ "moving average" if notes.ema else "last weights" }},
 teacher's guidance {{ recipe.guidance }}, seed {{ recipe.seed }}.
+{% if merged %}
+`recipe_merged.yaml` is that of the other student: step {{ merged.step }} of {{ merged.steps }},
+{{ "moving average" if merged.ema else "last weights" }}. Train both, then
+`stepdistill export RUN --merge OTHER --share {{ merged.share }}`.
+{% endif %}
 {% if recipe.teacher.quantize %}
 Its adapter was trained on a base quantised with `{{ recipe.teacher.quantize.backend }}`. Here it is merged into the unquantised weights,
 which differ from that base by its rounding.
@@ -229,7 +259,7 @@ def pipeline_card(name: str, notes: Mapping[str, Any], recipe: Recipe) -> str:
         calls=len(sampler["times"]), fresh=len(sampler["times"]) > 1 and sampler["renoise"] > 0, times=numbers(plan["timesteps"]),
         sigmas=numbers(plan["sigmas"]), example='prompt="a photograph of a red apple"', arguments=keywords(notes["call"]),
         stock_arguments=keywords({k: v for k, v in (plan["stock_call"] or {}).items() if k != "scheduler"}),
-        front=yaml.safe_dump(_front(notes), sort_keys=False, allow_unicode=True), **_told(notes, recipe))
+        front=yaml.safe_dump(_front(notes), sort_keys=False, allow_unicode=True), merged=_merged(notes), **_told(notes, recipe))
 
 
 def card(name: str, notes: Mapping[str, Any], recipe: Recipe, results: Sequence[Path] = ()) -> str:
@@ -240,13 +270,22 @@ def card(name: str, notes: Mapping[str, Any], recipe: Recipe, results: Sequence[
         name=name, path=json.dumps(f"./{name}"), notes=notes, recipe=recipe, sampler=sampler, method=method, calls=len(sampler["times"]),
         times=", ".join(f"t = {t:.4g}" for t in sampler["times"]), teacher=Path(notes["teacher"]).name,
         example=(list(notes["labels"]) or [None])[:2], front=yaml.safe_dump(_front(notes), sort_keys=False, allow_unicode=True),
-        tables=_tables(results, notes["unet_sha256"]), **_told(notes, recipe))
+        tables=_tables(results, notes["unet_sha256"]), merged=_merged(notes), **_told(notes, recipe))
 
 
 def _told(notes: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Whether the student is told its guidance, and which it was trained with."""
     told, band = "w" in notes["sampler"].get("inputs", ()), getattr(recipe.method_config, "guidance", None)
     return {"told": told, "band": f" ({band.low:g} to {band.high:g})" if told and isinstance(band, Band) else ""}
+
+
+def _merged(notes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the notes say of the other student of a merge, with the title and paper of its method; None where there is none."""
+    merged = notes.get("merged")
+    if not merged:
+        return None
+    method = find(merged["method"])
+    return {**merged, "title": method.title, "arxiv": method.arxiv}
 
 
 def _front(notes: Mapping[str, Any]) -> dict[str, Any]:

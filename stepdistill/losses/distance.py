@@ -21,6 +21,11 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3) -> Tensor:
     return ((_difference(a, b).square() + c * c).sqrt() - c).mean(1)
 
 
+def huber_or_l2(a: Tensor, b: Tensor, huber: float) -> Tensor:
+    """What recipes mean by `huber`: pseudo-Huber with that c, and l2 where it is 0."""
+    return pseudo_huber(a, b, huber) if huber else l2(a, b)
+
+
 def pseudo_huber_norm(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
     """sqrt(|d|² + c²) - c of the whole sample (iCT, Song & Dhariwal 2023, eq. 8); c defaults to 0.00054·sqrt(dim), 0 is the plain norm."""
     d = _difference(a, b)

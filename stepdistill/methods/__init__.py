@@ -29,6 +29,7 @@ from stepdistill.methods.rcm import RCM
 from stepdistill.methods.scm import SCM
 from stepdistill.methods.sid import SiD
 from stepdistill.methods.swiftbrush import SwiftBrush
+from stepdistill.methods.swiftbrush_v2 import SwiftBrushV2
 from stepdistill.methods.tcd import TCD
 from stepdistill.methods.tdd import TDD
 from stepdistill.methods.tdm import TDM
@@ -55,6 +56,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "scm": SCM,
     "sid": SiD,
     "swiftbrush": SwiftBrush,
+    "swiftbrush_v2": SwiftBrushV2,
     "tcd": TCD,
     "tdd": TDD,
     "tdm": TDM,

@@ -31,15 +31,15 @@ from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.adversarial import feature_r1, hinge_discriminator_loss, linear_generator_loss
 from stepdistill.losses.distance import l2
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stream, Update
+from stepdistill.models.features import WORLD
 from stepdistill.models.roles import Role, Roles
-from stepdistill.worlds import NAMES
 
 
 @dataclass(frozen=True)
 class ADDConfig:
     """Weights are the paper's; its teacher is told the whole range of times."""
 
-    features: str = "fashion"                       # a world, or a folder with a vision transformer of transformers
+    features: str = WORLD                           # a world, or a folder with a vision transformer of transformers
     distill_weight: float = 2.5                     # of the distillation term; 0 asks no teacher
     r1_weight: float = 1e-5                         # of the gradient of each logit by the features that its heads read
     times: Uniform = Uniform(0.001, 1.0)            # t of the distillation term
@@ -47,7 +47,7 @@ class ADDConfig:
     def __post_init__(self) -> None:
         if self.distill_weight < 0 or self.r1_weight < 0:
             raise ValueError("method.distill_weight and method.r1_weight cannot be negative")
-        if self.features not in NAMES:              # absolute, so that a run folder can be used from anywhere
+        if self.features != WORLD:                  # absolute, so that a run folder can be used from anywhere
             object.__setattr__(self, "features", str(Path(self.features).expanduser().absolute()))
 
 

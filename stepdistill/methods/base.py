@@ -15,6 +15,7 @@ from torch import Tensor
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.process import NoiseProcess
 from stepdistill.diffusion.sampler import SamplerSpec
+from stepdistill.losses.reported import Mean
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
 
@@ -42,11 +43,13 @@ class Sample:
     """One stream's part of a batch. x0 is (B, ...) in the network's space, None for a stream of conditions.
 
     z is standard normal noise of x0's shape, None but for a stream of pairs; `sampler.start` scales it for whoever is called with it.
+    `labels` (B,) int64 say which class or prompt each condition is: rows of the teacher's `labels`, 0 where it has none.
     """
 
     cond: Conditioning
     x0: Tensor | None = None
     z: Tensor | None = None
+    labels: Tensor | None = None
 
     @property
     def clean(self) -> Tensor:
@@ -61,6 +64,13 @@ class Sample:
         if self.z is None:
             raise ValueError("this stream carries no noise; declare it as Pairs() to read z")
         return self.z
+
+    @property
+    def rows(self) -> Tensor:
+        """labels, which a run's own batches always carry."""
+        if self.labels is None:
+            raise ValueError("this sample does not say which labels its conditions are: give them with labels=")
+        return self.labels
 
 
 @dataclass
@@ -111,7 +121,7 @@ class Loss:
     """A scalar to descend (a mean over the samples of this batch) and what to log of it."""
 
     value: Tensor
-    log: Mapping[str, Tensor | float] = field(default_factory=dict)
+    log: Mapping[str, Tensor | Mean | float] = field(default_factory=dict)
 
 
 ONE_STEP = SamplerSpec((1.0,))

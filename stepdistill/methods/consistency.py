@@ -24,7 +24,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.process import like
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import heun, jump
-from stepdistill.losses.distance import l2, pseudo_huber
+from stepdistill.losses.distance import huber_or_l2
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stream, Update
 from stepdistill.models.roles import Role, Roles
 
@@ -79,7 +79,7 @@ class Consistency(Method[ConsistencyConfig]):
             target = (m.target if cfg.target == "ema" else m.student)(x_r, r, cond).x0
             target = torch.where(like(r == 0, x_r).bool(), x_r, target)
         f = m.student(x_t, t, cond).x0
-        distance = (pseudo_huber(f, target, cfg.huber) if cfg.huber else l2(f, target)).mean()
+        distance = huber_or_l2(f, target, cfg.huber).mean()
         return Loss(distance, {"distance": distance, "x0_std": f.detach().std()})
 
     def after_update(self, m: Roles, update: Update, count: int) -> None:

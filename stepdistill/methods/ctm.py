@@ -29,7 +29,7 @@ from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import follow, jump, jump_or_stay
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.denoising import denoising_loss
-from stepdistill.losses.distance import l2, pseudo_huber
+from stepdistill.losses.distance import huber_or_l2
 from stepdistill.methods.base import Batch, Images, Loss, Method, Stream, Update
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
@@ -90,7 +90,7 @@ class CTM(Method[CTMConfig]):
             pred = both.rows(slice(len(x0)))
             denoise = denoising_loss(both.rows(slice(len(x0), None)), x0, eps).mean()
         estimate = self.clean(m, jump(pred, process, r), r, cond)
-        distance = (pseudo_huber(estimate, target, cfg.huber) if cfg.huber else l2(estimate, target)).mean()
+        distance = huber_or_l2(estimate, target, cfg.huber).mean()
         return Loss(distance + cfg.denoise_weight * denoise,
                     {"distance": distance, "denoise": denoise, "x0_std": pred.x0.detach().std()})
 

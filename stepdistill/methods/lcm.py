@@ -24,7 +24,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import neighbours
-from stepdistill.losses.distance import l2, pseudo_huber
+from stepdistill.losses.distance import huber_or_l2
 from stepdistill.methods.base import Batch, Images, Loss, Method, Stream, Update
 from stepdistill.methods.pair import pair
 from stepdistill.models.guidance import Band
@@ -78,7 +78,7 @@ class LCM(Method[LCMConfig]):
         pred, target = pair(m, self.process, x0, cond, t, r, clean, draws, target=m.target if cfg.target == "ema" else m.student,
                             guidance=cfg.guidance, tell=cfg.embed)
         f = jump(pred, self.process, clean)
-        distance = (pseudo_huber(f, target, cfg.huber) if cfg.huber else l2(f, target)).mean()
+        distance = huber_or_l2(f, target, cfg.huber).mean()
         return Loss(distance, {"distance": distance, "x0_std": f.detach().std()})
 
     def after_update(self, m: Roles, update: Update, count: int) -> None:

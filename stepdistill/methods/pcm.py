@@ -32,7 +32,7 @@ from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import neighbours
 from stepdistill.losses.adversarial import approximate_r1, hinge_discriminator_loss, hinge_generator_loss
-from stepdistill.losses.distance import l2, pseudo_huber
+from stepdistill.losses.distance import huber_or_l2
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stream, Update
 from stepdistill.methods.critic import check_r1, dropped, nearby
 from stepdistill.methods.pair import pair
@@ -102,7 +102,7 @@ class PCM(Method[PCMConfig]):
         s, upper = self.phase(t)
         pred, q = pair(m, self.process, x0, cond, t, r, s, draws, target=m.student, guidance=cfg.guidance)
         p = jump(pred, self.process, s)
-        distance = (pseudo_huber(p, q, cfg.huber) if cfg.huber else l2(p, q)).mean()
+        distance = huber_or_l2(p, q, cfg.huber).mean()
         log = {"distance": distance, "x0_std": pred.x0.detach().std()}
         if not cfg.gan_weight:
             return Loss(distance, log)

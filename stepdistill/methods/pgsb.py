@@ -8,8 +8,8 @@ One fixed w suits one backbone and breaks another. Both scores share each sample
 is a fixed point at every w; it is not told w. The recipe's `guidance` only has to be other than 1, without which no null condition is
 encoded. The paper's second half, NASA, acts on the attention of a finished student and is not here.
 
-Differs from the paper: w is drawn per sample (it does not say); no CLIP loss and no merging of two students, which it takes from
-SwiftBrush v2; s is continuous; several steps are allowed (call n of the student's own sampler, n drawn once for all samples).
+Differs from the paper: w is drawn per sample (it does not say); no CLIP loss, which it takes from SwiftBrush v2 with the merging of two
+students (`stepdistill export --merge`); s is continuous; several steps are allowed (call n of its sampler, n drawn once for all).
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, one_call
 from stepdistill.diffusion.times import Uniform
-from stepdistill.losses.denoising import scaled_eps_loss
-from stepdistill.losses.matching import matching_loss
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import alternating, check_critic, critic_loss, dropped, handed_on
+from stepdistill.methods.critic import alternating, check_critic, handed_on
+from stepdistill.methods.vsd import fake_loss, vsd_loss
 from stepdistill.models.roles import Role, Roles
 
 
@@ -65,15 +62,10 @@ class PGSB(Method[PGSBConfig]):
         cond, cfg = batch["main"].cond, self.cfg
         x0 = one_call(m.student, self.sampler(), cond, draws, self.setup.shape, grad=True).x0
         batch.scratch["x0"] = x0.detach()
-        s, w = cfg.times.sample(draws.each("s")), draws.each("w").uniform(cfg.guidance_low, cfg.guidance_high)
-        x_s = self.process.add_noise(x0.detach(), draws.each("eps").normal_like(x0), s)
-        with torch.no_grad():
-            real, fake = m.teacher(x_s, s, cond, w=w).x0, m.fake(x_s, s, cond, w=w).x0
-        pull = matching_loss(x0, toward=real, away_from=fake, scale=self.process.alpha(s) * self.process.sigma(s))
-        return Loss(pull, {"pull": pull, "score_gap": (fake - real).square().mean().sqrt(), "x0_std": x0.detach().std()})
+        w = draws.each("w").uniform(cfg.guidance_low, cfg.guidance_high)
+        return vsd_loss(m, self.process, x0, cond, cfg.times, draws, w)
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cond = batch["main"].cond
         x0 = handed_on(batch, lambda: one_call(m.student, self.sampler(), cond, draws, self.setup.shape, grad=False).x0)
-        return critic_loss(m, self.process, x0, dropped(cond, self.cfg.dropout, draws), self.cfg.fake_times, draws,
-                           distance=scaled_eps_loss)
+        return fake_loss(m, self.process, x0, cond, self.cfg.fake_times, draws, self.cfg.dropout)

@@ -18,15 +18,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, one_call
 from stepdistill.diffusion.times import Uniform
-from stepdistill.losses.denoising import scaled_eps_loss
-from stepdistill.losses.matching import matching_loss
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import alternating, check_critic, critic_loss, dropped, handed_on
+from stepdistill.methods.critic import alternating, check_critic, handed_on
+from stepdistill.methods.vsd import fake_loss, vsd_loss
 from stepdistill.models.roles import Role, Roles
 
 
@@ -58,18 +55,12 @@ class SwiftBrush(Method[SwiftBrushConfig]):
         return self.setup.sampler
 
     def student_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
-        cond, w = batch["main"].cond, m.teacher.guidance
+        cond = batch["main"].cond
         x0 = one_call(m.student, self.sampler(), cond, draws, self.setup.shape, grad=True).x0
         batch.scratch["x0"] = x0.detach()
-        s = self.cfg.times.sample(draws.each("s"))
-        x_s = self.process.add_noise(x0.detach(), draws.each("eps").normal_like(x0), s)
-        with torch.no_grad():
-            real, fake = m.teacher(x_s, s, cond).x0, m.fake(x_s, s, cond, w=w).x0
-        pull = matching_loss(x0, toward=real, away_from=fake, scale=self.process.alpha(s) * self.process.sigma(s))
-        return Loss(pull, {"pull": pull, "score_gap": (fake - real).square().mean().sqrt(), "x0_std": x0.detach().std()})
+        return vsd_loss(m, self.process, x0, cond, self.cfg.times, draws, m.teacher.guidance)
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
-        cond = batch["main"].cond
+        cond, guided = batch["main"].cond, m.teacher.guidance != 1
         x0 = handed_on(batch, lambda: one_call(m.student, self.sampler(), cond, draws, self.setup.shape, grad=False).x0)
-        told = dropped(cond, self.cfg.dropout, draws) if m.teacher.guidance != 1 else cond
-        return critic_loss(m, self.process, x0, told, self.cfg.fake_times, draws, distance=scaled_eps_loss)
+        return fake_loss(m, self.process, x0, cond, self.cfg.fake_times, draws, self.cfg.dropout if guided else 0.0)

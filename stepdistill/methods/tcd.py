@@ -23,7 +23,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import neighbours
-from stepdistill.losses.distance import l2, pseudo_huber
+from stepdistill.losses.distance import huber_or_l2
 from stepdistill.methods.base import Batch, Images, Loss, Method, Stream, Update
 from stepdistill.methods.pair import pair
 from stepdistill.models.guidance import Band
@@ -74,7 +74,7 @@ class TCD(Method[TCDConfig]):
         pred, target = pair(m, self.process, x0, cond, t, r, s, draws, target=m.target if cfg.target == "ema" else m.student,
                             guidance=cfg.guidance)
         landing = jump(pred, self.process, s)
-        distance = (pseudo_huber(landing, target, cfg.huber) if cfg.huber else l2(landing, target)).mean()
+        distance = huber_or_l2(landing, target, cfg.huber).mean()
         return Loss(distance, {"distance": distance, "x0_std": pred.x0.detach().std()})
 
     def after_update(self, m: Roles, update: Update, count: int) -> None:

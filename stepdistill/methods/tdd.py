@@ -30,7 +30,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import neighbours, trailing
-from stepdistill.losses.distance import l2, pseudo_huber
+from stepdistill.losses.distance import huber_or_l2
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stream
 from stepdistill.methods.critic import dropped
 from stepdistill.methods.pair import pair
@@ -99,5 +99,5 @@ class TDD(Method[TDDConfig]):
         s = self.target_below(r, draws)
         pred, target = pair(m, self.process, x0, cond, t, r, s, draws, target=m.student)
         landing = jump(pred, self.process, s)
-        distance = (pseudo_huber(landing, target, cfg.huber) if cfg.huber else l2(landing, target)).mean()
+        distance = huber_or_l2(landing, target, cfg.huber).mean()
         return Loss(distance, {"distance": distance, "x0_std": pred.x0.detach().std()})

@@ -36,8 +36,9 @@ from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import Uniform
 from stepdistill.diffusion.weighting import min_snr
 from stepdistill.losses.denoising import denoising_loss, subinterval_target
-from stepdistill.losses.distance import l2, pseudo_huber
+from stepdistill.losses.distance import huber_or_l2
 from stepdistill.losses.matching import dmd_scale
+from stepdistill.losses.reported import score_gap
 from stepdistill.methods.base import Batch, Loss, Method, Update
 from stepdistill.methods.critic import check_critic
 from stepdistill.models.roles import Role, Roles
@@ -129,6 +130,6 @@ class TDM(Method[TDMConfig]):
         with torch.no_grad():
             real, fake = m.teacher(at.y_s, at.s, cond).x0, m.fake(at.y_s, at.s, cond, w=1.0).x0
             target = at.x0 + real - fake
-        distance = pseudo_huber(at.x0, target, cfg.huber) if cfg.huber else l2(at.x0, target)
+        distance = huber_or_l2(at.x0, target, cfg.huber)
         pull = (distance * dmd_scale(at.x0.detach(), real)).mean()
-        return Loss(pull, {"pull": pull, "score_gap": (fake - real).square().mean().sqrt(), "x0_std": at.x0.detach().std()})
+        return Loss(pull, {"pull": pull, **score_gap(fake, real, at.s), "x0_std": at.x0.detach().std()})

@@ -16,14 +16,12 @@ from stepdistill.models.load import read_json
 from stepdistill.worlds.fashion import classifier
 
 PREPROCESSOR = "preprocessor_config.json"
+WORLD = "fashion"                                       # the world whose classifier can be read by its name
 READ = 4                                                # blocks of a transformer, at even distances: 2, 5, 8, 11 of 12 (StyleGAN-T)
 
 
 class PictureFeatures(nn.Module):
-    """A frozen network and the blocks (`taps`) that are read of it.
-
-    It sees (x - mean)/std of pictures x in [-1, 1], per channel, resized to `size` (H, W); grey pictures are repeated where it has colours.
-    """
+    """A frozen network and the blocks (`taps`) that are read of it; it sees pictures as `prepared` makes them."""
 
     mean: Tensor
     std: Tensor
@@ -37,15 +35,8 @@ class PictureFeatures(nn.Module):
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
         """Maps (B, C, H, W) or tokens (B, N, D) of pictures (B, C, H, W), differentiable in them. ValueError for the wrong channels."""
-        channels = len(self.mean)
-        if pictures.ndim != 4 or pictures.shape[1] not in (1, channels):
-            raise ValueError(f"the network of method.features reads pictures of {channels} channels, and these are "
-                             f"{tuple(pictures.shape[1:])}: choose another one")
-        x = pictures.to(self.mean).expand(-1, channels, -1, -1)
-        if x.shape[2:] != self.size:
-            x = functional.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True)
         with tapped(self.network, self.taps) as features:
-            self.network((x - self.mean) / self.std)
+            self.network(prepared(pictures, self.size, self.mean, self.std))
         return tuple(features)
 
     @torch.no_grad()
@@ -54,12 +45,27 @@ class PictureFeatures(nn.Module):
         return self(self.mean.new_zeros(1, len(self.mean), *self.size))
 
 
+def prepared(pictures: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean)/std of pictures x (B, C, H, W) in [-1, 1], resized to `size` (H, W); `mean` and `std` are (C', 1, 1).
+
+    Grey pictures are repeated where the network has colours. ValueError for any other number of channels.
+    """
+    channels = len(mean)
+    if pictures.ndim != 4 or pictures.shape[1] not in (1, channels):
+        raise ValueError(f"the network that method.features or method.judge names reads pictures of {channels} channels, and these are "
+                         f"{tuple(pictures.shape[1:])}: choose another one")
+    x = pictures.to(mean).expand(-1, channels, -1, -1)
+    if x.shape[2:] != size:
+        x = functional.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
+    return (x - mean) / std
+
+
 def load_features(source: str) -> PictureFeatures:
     """"fashion" is the classifier of that world; anything else a folder with a vision transformer of transformers (DINOv2, ViT).
 
     Only safetensors are read and nothing is downloaded. FileNotFoundError or ValueError with the remedy.
     """
-    if source == "fashion":
+    if source == WORLD:
         trunk = classifier.load().trunk
         ends = [i - 1 for i, layer in enumerate(trunk) if isinstance(layer, classifier.Block) and layer.halves]
         return PictureFeatures(trunk, [str(i) for i in (*ends, len(trunk) - 1)], (28, 28), (0.0,), (1.0,))
@@ -67,32 +73,43 @@ def load_features(source: str) -> PictureFeatures:
 
 
 def _transformer(folder: Path) -> PictureFeatures:
-    from transformers import AutoModel
-
-    for name in ("config.json", PREPROCESSOR):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"method.features: {folder} has no {name}; name 'fashion', or a folder with config.json, "
-                                    f"{PREPROCESSOR} and model.safetensors of a vision transformer (DINOv2 ViT-S in the paper)")
-    if not list(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"method.features: {folder} holds no safetensors, and pickled weights are not read: save the model again "
-                                "with save_pretrained")
-    try:
-        network, report = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-                                                    dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"method.features: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    lacks = [k for k in report["missing_keys"] if not k.startswith("pooler.")]       # which comes after every block that is read
-    if lacks or report["mismatched_keys"]:
-        wrong = str([*lacks, *report["mismatched_keys"]])[:200]
-        raise ValueError(f"method.features: the weights in {folder} do not fit its config: {wrong}")
+    kind = "a vision transformer (DINOv2 ViT-S in the paper)"
+    network, mean, std = load_model("method.features", folder, kind, spare=("pooler.",))        # which comes after every block that is read
     stacks = {name: len(stack) for name, stack in network.named_modules() if isinstance(stack, nn.ModuleList)}
     config: Any = network.config
     if network.main_input_name != "pixel_values" or not hasattr(config, "image_size") or not stacks:
         raise ValueError(f"method.features: {folder} holds a {type(network).__name__}, which is no vision transformer")
-    name, prepared = max(stacks, key=lambda n: stacks[n]), read_json(folder / PREPROCESSOR)
-    if missing := [key for key in ("image_mean", "image_std") if key not in prepared]:
-        raise ValueError(f"{folder / PREPROCESSOR} lacks {missing[0]}, by which pictures are normalised")
+    name = max(stacks, key=lambda n: stacks[n])
     side, depth = config.image_size, stacks[name]
     taps = dict.fromkeys(f"{name}.{max(1, round(depth * k / READ)) - 1}" for k in range(1, READ + 1))
-    return PictureFeatures(network, list(taps), (side, side) if isinstance(side, int) else tuple(side),
-                           [2 * m - 1 for m in prepared["image_mean"]], [2 * s for s in prepared["image_std"]])
+    return PictureFeatures(network, list(taps), (side, side) if isinstance(side, int) else tuple(side), mean, std)
+
+
+def load_model(key: str, folder: Path, kind: str, spare: tuple[str, ...] = ()) -> tuple[Any, list[float], list[float]]:
+    """(a model of transformers in float32, mean and std of its pictures in [-1, 1]) from the folder that the recipe's `key` names.
+
+    `kind` says what should be there, for the errors. Weights that begin with one of `spare` may be missing. Only safetensors are read and
+    nothing is downloaded. FileNotFoundError or ValueError with the remedy.
+    """
+    from transformers import AutoModel
+
+    for name in ("config.json", PREPROCESSOR):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{key}: {folder} has no {name}; name 'fashion', or a folder with config.json, {PREPROCESSOR} and "
+                                    f"model.safetensors of {kind}")
+    if not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{key}: {folder} holds no safetensors, and pickled weights are not read: save the model again with "
+                                "save_pretrained")
+    try:
+        network, report = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+                                                    dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{key}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    lacks = [k for k in report["missing_keys"] if not k.startswith(spare)]
+    if lacks or report["mismatched_keys"]:
+        wrong = str([*lacks, *report["mismatched_keys"]])[:200]
+        raise ValueError(f"{key}: the weights in {folder} do not fit its config: {wrong}")
+    numbers = read_json(folder / PREPROCESSOR)
+    if missing := [name for name in ("image_mean", "image_std") if name not in numbers]:
+        raise ValueError(f"{folder / PREPROCESSOR} lacks {missing[0]}, by which pictures are normalised")
+    return network, [2 * m - 1 for m in numbers["image_mean"]], [2 * s for s in numbers["image_std"]]

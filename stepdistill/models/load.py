@@ -23,6 +23,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stepdistill import worlds
 from stepdistill.diffusion.process import Flow, NoiseProcess, TableVP
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser, default_taps, keep_output_float32
@@ -197,10 +198,11 @@ def load_network(folder: Path) -> nn.Module:
     name = read_json(config).get("_class_name")
     if name not in NETWORKS:
         raise ValueError(f"{config} names the network {name!r}; this version distils UNet2DModel, DiTTransformer2DModel")
-    return without_dropout(_read_weights(NETWORKS[name], folder).float().eval().requires_grad_(False))
+    return without_dropout(read_weights(NETWORKS[name], folder).float().eval().requires_grad_(False))
 
 
-def _read_weights(cls: Any, folder: Path) -> Any:
+def read_weights(cls: Any, folder: Path) -> Any:
+    """A diffusers network of this class from safetensors, strictly, as float32. FileNotFoundError or ValueError with the remedy."""
     weights = sorted(folder.glob("diffusion_pytorch_model*.safetensors*"))
     if not weights:
         raise FileNotFoundError(f"{folder} holds no diffusion_pytorch_model*.safetensors; pickled weights are not read: "
@@ -251,18 +253,24 @@ def load_pipeline(path: str | Path, *, device: torch.device | str = "cpu", dtype
     entries = {name: entry for name, entry in read_json(folder / "model_index.json").items()
                if isinstance(entry, list) and entry[0] is not None and not name.startswith("_")}
     left_out = {name: None for name in entries if only is not None and name not in only}
+    lent = {name: part for name, part in worlds.shared(folder).items() if name in entries and name not in left_out}
     for name, entry in entries.items():
-        if name not in left_out and not (folder / name).is_dir():
+        if name not in left_out and name not in lent and not (folder / name).is_dir():
             raise FileNotFoundError(f"{folder} lacks its component {name!r}: model_index.json names {entry[1]}, and there is no {name}/")
     config = config_of(quantize, device) if quantize else None
     packed = {name: config for name in entries if name in (network_among(entries), f"{network_among(entries)}_2")} if config else {}
     options = {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=packed)} if packed and not loras else {}
+    made = {name: part.make(torch.float32 if loras else dtype) for name, part in lent.items()}
+    # diffusers warns of classes that a pipeline was not written for: those come afterwards
+    late = {name: part for name, part in made.items() if entries[name][0] != "diffusers"}
+    given = {**left_out, **made, **dict.fromkeys(late)}
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True,
                                                                torch_dtype=torch.float32 if loras else dtype,
-                                                               trust_remote_code=trust_remote_code, **left_out, **options)
+                                                               trust_remote_code=trust_remote_code, **given, **options)
     except Exception as error:
         raise ValueError(f"{folder} cannot be loaded as a diffusers pipeline: {' '.join(str(error).split())[:300]}") from error
+    pipeline.register_modules(**late)
     pipeline.set_progress_bar_config(disable=True)
     if loras:
         fuse(pipeline, loras)
@@ -282,11 +290,10 @@ def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autoca
     reads `prompts`; `call` are further keywords for it, `loras` files to merge into it, `quantize` packs its network, and `kept` is
     what a cache holds of it.
     """
-    from stepdistill import worlds
-
     folder = worlds.teacher_folder(str(path)) or Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no teacher at {path}: give a diffusers folder or the name of a shipped world ({', '.join(worlds.NAMES)})")
+        raise FileNotFoundError(f"no teacher at {path}: give a diffusers folder or the name of a shipped world's "
+                                f"({', '.join(worlds.teachers())})")
     notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
     if is_prompted(folder):
         from stepdistill.models.prompted import load_prompted
@@ -329,7 +336,7 @@ def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autoca
             raise FileNotFoundError(f"{folder / 'vae'} holds no VAE: config.json is missing")
         if (named := read_json(folder / "vae" / "config.json").get("_class_name")) != "AutoencoderKL":
             raise ValueError(f"{folder / 'vae'} holds a {named}; this version reads AutoencoderKL")
-        codec = Vae(_read_weights(AutoencoderKL, folder / "vae").to(device).eval().requires_grad_(False))
+        codec = Vae(read_weights(AutoencoderKL, folder / "vae").to(device).eval().requires_grad_(False))
     learned_sigma = config.out_channels is not None and config.out_channels == 2 * channels
     whole = network if len(networks) == 1 else Experts(networks, notes.get("sampler", {}).get("boundaries", ()))
     denoiser = Denoiser(whole, process, kind, clock, guidance, autocast, taps or default_taps(network),

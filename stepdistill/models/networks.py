@@ -19,7 +19,7 @@ from stepdistill.models.denoiser import Denoiser, default_taps, keep_output_floa
 from stepdistill.models.load import NETWORKS, NOTES, SpaceToDepth, read_json, without_dropout
 from stepdistill.models.wiring import FromClock, FromCondition, FromSample, FromScale, Layout, Static, Wiring, leaves_of
 
-SHIPPED = Path(worlds.__file__).parent / "networks"
+SHIPPED = worlds.FOLDER / "networks"
 META = torch.device("meta")
 INPUTS = ("state", "listed state", "time", "guidance")
 FORMS = ("listed", "shared", "number")
@@ -196,7 +196,7 @@ def of_folder(folder: Path) -> NetworkSpec:
     index = folder / "model_index.json"
     parts = read_json(index) if index.is_file() else {"vae": ["diffusers", "AutoencoderKL"]}
     frozen = {part: count for part, entry in parts.items() if part != inner.name and isinstance(entry, list)
-              and (count := _parameters(folder / part, *entry))}
+              and (count := _parameters(worlds.place_of(folder, part), *entry))}
     notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
     codec = SpaceToDepth(int(notes.get("codec", {}).get("space_to_depth", 1)))
     return replace(of_config(str(folder), read_json(inner / "config.json"), frozen), codec=codec)

@@ -19,6 +19,7 @@ from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.experts import Experts, serving
 from stepdistill.models.features import load_features
 from stepdistill.models.inputs import add_inputs
+from stepdistill.models.judges import load_judge
 
 Example = Callable[[], tuple[Tensor, Tensor, Conditioning]]              # a tiny (x_t, t, cond) to measure features with
 
@@ -28,13 +29,13 @@ class Role:
     """One model of a method: does it train, and where does it come from.
 
     "teacher" is a copy of the teacher (the role named teacher is the teacher itself); "head" is a discriminator over the features of
-    the role `of`; "features" is a frozen network over pictures, `of` a world or a folder (models.features). With several `experts` it is
-    a copy for each stretch of time between the boundaries of the method's sampler. `inputs` ("s", "w") are what the copy is told besides
-    its time (models.inputs).
+    the role `of`; "features" is a frozen network over pictures, `of` a world or a folder (models.features), and "judge" is one that
+    compares them with the teacher's labels (models.judges). With several `experts` it is a copy for each stretch of time between the
+    boundaries of the method's sampler. `inputs` ("s", "w") are what the copy is told besides its time (models.inputs).
     """
 
     trains: bool = False
-    source: Literal["teacher", "head", "features"] = "teacher"
+    source: Literal["teacher", "head", "features", "judge"] = "teacher"
     of: str | None = None
     experts: int = 1
     inputs: tuple[str, ...] = ()
@@ -52,12 +53,12 @@ class Roles:
     """
 
     def __init__(self, denoisers: Mapping[str, Denoiser], heads: Mapping[str, tuple[str, nn.Module]], trains: Iterable[str],
-                 features: Mapping[str, nn.Module] | None = None):
-        """`heads` pairs each head with the role it reads."""
+                 over_pictures: Mapping[str, nn.Module] | None = None):
+        """`heads` pairs each head with the role it reads; `over_pictures` are frozen networks: features and judges."""
         self._denoisers, self._wrapped = dict(denoisers), dict[str, nn.Module]()
         self._adapters = {name: Adapter(d.network, d.adapter) for name, d in self._denoisers.items() if d.adapter is not None}
         self._heads = {name: head for name, (_, head) in heads.items()}
-        self._features = dict(features or {})
+        self._over_pictures = dict(over_pictures or {})
         self.heads = {name: of for name, (of, _) in heads.items()}
         self.trains, self._active = tuple(trains), tuple[str, ...]()
         for name in self.names:
@@ -65,11 +66,11 @@ class Roles:
 
     @classmethod
     def build(cls, needs: Mapping[str, Role], teacher: Denoiser, example: Example, seed: int = 0,
-              lora: Mapping[str, LoraRecipe] | None = None, boundaries: Sequence[float] = ()) -> Roles:
+              lora: Mapping[str, LoraRecipe] | None = None, boundaries: Sequence[float] = (), labels: Sequence[str] = ()) -> Roles:
         """Copies for every role but the teacher, with float32 master weights (float64 if the teacher's are), trained or following.
 
         A role in `lora` is an adapter on the teacher's own network instead: one base for as many roles as are named there. `boundaries`
-        are those between the experts of a role that has several.
+        are those between the experts of a role that has several, `labels` the names of the teacher's classes, for a judge.
         """
         lora = lora or {}
         if unknown := sorted(set(lora) - {n for n, r in needs.items() if r.source == "teacher" and n != "teacher"}):
@@ -108,17 +109,18 @@ class Roles:
                     raise ValueError(f"head {name!r} reads features of {role.of!r}, which is not declared: {[*denoisers, *features]}")
                 seen = features_of(denoisers[role.of], example) if role.of in denoisers else features[role.of].seen()
                 heads[name] = role.of, _head(seen, key(seed, "head", name)).to(*place)
-        return cls(denoisers, heads, [name for name, role in needs.items() if role.trains], features)
+        judges = {name: load_judge(role.of, labels).to(*place) for name, role in needs.items() if role.source == "judge" and role.of}
+        return cls(denoisers, heads, [name for name, role in needs.items() if role.trains], {**features, **judges})
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every role."""
-        return (*self._denoisers, *self._features, *self._heads)
+        return (*self._denoisers, *self._over_pictures, *self._heads)
 
     @property
     def given(self) -> tuple[str, ...]:
         """The roles that no method changes: no checkpoint holds them."""
-        return ("teacher", *self._features)
+        return ("teacher", *self._over_pictures)
 
     @property
     def denoisers(self) -> Mapping[str, Denoiser]:
@@ -129,7 +131,7 @@ class Roles:
         """The bare network, adapter or head, without its distributed wrapper."""
         if name in self._adapters:
             return self._adapters[name]
-        return self._denoisers[name].network if name in self._denoisers else {**self._features, **self._heads}[name]
+        return self._denoisers[name].network if name in self._denoisers else {**self._over_pictures, **self._heads}[name]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """All parameters of a role, collected by name and never by what happens to require a gradient; a base without its adapters."""
@@ -140,8 +142,8 @@ class Roles:
             raise AttributeError(name)
         if name in self._denoisers:
             return self._denoisers[name]
-        if name in self._features:
-            return self._features[name]
+        if name in self._over_pictures:
+            return self._over_pictures[name]
         if name in self._heads:
             return self._wrapped[name] if name in self._active and name in self._wrapped else self._heads[name]
         raise AttributeError(f"this method declared no role {name!r}; it has {', '.join(self.names)}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from stepdistill.diffusion.prediction import Prediction
@@ -58,7 +59,8 @@ def _forward_mode(net: Denoiser, ask: Callable[..., Tensor], at: tuple[Tensor, T
     if isinstance(wiring, Wiring) and any(isinstance(leaf, FromClock) and leaf.tail is None for _, leaf in leaves_of(wiring.arguments)):
         raise ValueError(f"{name} takes its time as a Python number, which has no derivative: set method.derivative: difference")
     try:
-        raw, slope = torch.func.jvp(ask, at, moving)[:2]
+        with _contiguous(net.network):
+            raw, slope = torch.func.jvp(ask, at, moving)[:2]
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -66,3 +68,15 @@ def _forward_mode(net: Denoiser, ask: Callable[..., Tensor], at: tuple[Tensor, T
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{name} has no forward-mode derivative here: set method.derivative: difference ({reason})") from error
     return raw, slope
+
+
+@contextmanager
+def _contiguous(network: nn.Module) -> Iterator[None]:
+    """Group norms see values and tangents in plain order: torch 2.10's forward mode of them takes a convolution's tangent for no view."""
+    hooks = [part.register_forward_pre_hook(lambda _, seen: (seen[0].clone(memory_format=torch.contiguous_format), *seen[1:]))
+             for part in network.modules() if isinstance(part, nn.GroupNorm)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

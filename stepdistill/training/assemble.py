@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
+from stepdistill import worlds
 from stepdistill.data.cache import Cache, Wanted, divided, fill_all
 from stepdistill.data.pairs import PairSet, origin
 from stepdistill.data.pictures import Picture, read_pictures
 from stepdistill.data.prompts import read_prompts
 from stepdistill.data.streams import Buckets, Source, captioned_source, source, wants_pairs, wants_pictures
 from stepdistill.diffusion.draws import Draws
+from stepdistill.losses.reported import Mean
 from stepdistill.methods import find
 from stepdistill.methods.base import Batch, Method, Setup, Stage, Stream, Update
 from stepdistill.models.adapters import checkpoint_activations
@@ -31,7 +33,6 @@ from stepdistill.models.weights import begin_as
 from stepdistill.recipe import Recipe
 from stepdistill.training.ema import Ema
 from stepdistill.training.optim import Optimizers
-from stepdistill.worlds import NAMES
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp32": None, "fp64": None}
 
@@ -51,11 +52,15 @@ class Run:
     optim: Optimizers
     ema: Ema | None
 
+    @property
+    def rows(self) -> int:
+        """Samples of one micro-batch of this process."""
+        return self.recipe.batch_size // (self.accelerator.num_processes * self.recipe.accumulate)
+
     def draws(self, step: int, update: int, micro: int) -> Draws:
         """The randomness of one micro-batch of this process: keyed by the global positions of its samples."""
-        size = self.recipe.batch_size // (self.accelerator.num_processes * self.recipe.accumulate)
-        first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * size
-        return Draws(self.recipe.seed, range(first, first + size), step, update, self.accelerator.device)
+        first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * self.rows
+        return Draws(self.recipe.seed, range(first, first + self.rows), step, update, self.accelerator.device)
 
     def batch(self, draws: Draws) -> Batch:
         """The data of those samples."""
@@ -166,7 +171,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
         data = sources[0] if len(sources) == 1 else Buckets(sources)
         teacher = teacher if len(sources) == 1 else teacher.of_sizes(teachers[1:])
     else:
-        data = source(teacher, cls.data(config), _world(recipe.teacher.path), recipe.data.folder)
+        world = recipe.teacher.path if worlds.world_of(recipe.teacher.path) else None
+        data = source(teacher, cls.data(config), world, recipe.data.folder)
     if paired and recipe.data.pairs and isinstance(data, Source):
         data = replace(data, pairs=PairSet.open(recipe.data.pairs, origin_of(recipe, teacher)))
     torch.manual_seed(recipe.seed)
@@ -174,7 +180,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.sampler, decode, recipe.guidance))
     method.sampler()                                                            # a wrong grid speaks up before anything is built
     needs, streams = cls.needs(config), cls.data(config)
-    roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed, recipe.lora, method.sampler().boundaries)
+    roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed, recipe.lora, method.sampler().boundaries, teacher.labels)
     heads = (head for name in roles.heads for head in roles.module(name).modules())
     if len(parts) > 1 and any(isinstance(head, MapHead) for head in heads):
         raise ValueError("data.buckets: the discriminator of a U-Net reads maps of one size; leave the buckets out, or train without it "
@@ -236,11 +242,11 @@ def parts_of(recipe: Recipe) -> tuple[Part, ...]:
     (prompts, pictures), buckets = texts_of(recipe), recipe.data.buckets
     if not buckets:
         return (_part_of(recipe, prompts, pictures, None),)
-    if not is_prompted(Path(recipe.teacher.path)):
+    if not is_prompted(recipe.teacher.folder):
         raise ValueError(f"data.buckets is for pipelines that take prompts, and {recipe.teacher.path} takes none: leave it out")
     own = recipe.teacher.call["height"], recipe.teacher.call["width"]
     sizes = (own, *(size for size in buckets if size != own))
-    placed = divided(pictures, sizes, recipe.data.folder, recipe.data.cache)
+    placed = divided(pictures, sizes, _drawn_from(recipe), recipe.data.cache)
     used = sorted(set(placed)) if pictures else list(range(len(sizes)))
     if 0 not in used:
         raise ValueError(f"data.buckets: no picture is nearest to {own[0]}x{own[1]}, the size of teacher.call: set that to one with some")
@@ -262,17 +268,32 @@ def _call(recipe: Recipe, size: tuple[int, int] | None) -> Mapping[str, Any]:
 def texts_of(recipe: Recipe) -> tuple[tuple[str, ...], tuple[Picture, ...]]:
     """(the prompts of a recipe, the captioned pictures that its method reads), where the teacher takes prompts.
 
-    Without a file of prompts the captions take their place, whether the method reads their pictures or not.
+    Without data.folder they are those of the teacher's world, if it has any. Without a file of prompts the captions take their place,
+    whether the method reads their pictures or not.
     """
-    prompts, folder = recipe.data.prompts, recipe.data.folder
+    prompts, read = recipe.data.prompts, _captioned(recipe)
     texts = read_prompts(prompts) if prompts else ()
-    if not is_prompted(Path(recipe.teacher.path)):
+    if not is_prompted(recipe.teacher.folder):
         return texts, ()
-    reads = wants_pictures(find(recipe.method["name"]).data(recipe.method_config), folder is not None)
-    if folder is None or (prompts and not reads):
+    reads = wants_pictures(find(recipe.method["name"]).data(recipe.method_config), read is not None)
+    if read is None or (prompts and not reads):
         return texts, ()
-    pictures = read_pictures(folder)
+    pictures = read()
     return (texts, pictures) if reads else (tuple(p.caption for p in pictures), ())
+
+
+def _captioned(recipe: Recipe) -> Callable[[], tuple[Picture, ...]] | None:
+    """Reads the captioned pictures of data.folder, or of the teacher's world; None where there are none."""
+    if (folder := recipe.data.folder) is not None:
+        return lambda: read_pictures(folder)
+    world = worlds.world_of(recipe.teacher.path)
+    return world.captioned if world else None
+
+
+def _drawn_from(recipe: Recipe) -> Path | None:
+    """The folder that those pictures come from."""
+    world = worlds.world_of(recipe.teacher.path)
+    return recipe.data.folder or (world.drawn_from() if world and world.drawn_from else None)
 
 
 def cache_of(recipe: Recipe, prompts: Sequence[str], pictures: Sequence[Picture], size: tuple[int, int] | None = None) -> Cache:
@@ -284,8 +305,8 @@ def cache_of(recipe: Recipe, prompts: Sequence[str], pictures: Sequence[Picture]
         raise ValueError("name a folder for the cache with data.cache")
     folder = recipe.data.cache if size is None else recipe.data.cache / f"{size[0]}x{size[1]}"
     texts = (*prompts, *(picture.caption for picture in pictures))
-    return Cache(folder, Wanted(Path(recipe.teacher.path), _call(recipe, size), dtype_of(recipe), recipe.guidance, texts,
-                                tuple(pictures), recipe.data.folder, recipe.teacher.loras, recipe.teacher.quantize))
+    return Cache(folder, Wanted(recipe.teacher.folder, _call(recipe, size), dtype_of(recipe), recipe.guidance, texts,
+                                tuple(pictures), _drawn_from(recipe) if pictures else None, recipe.teacher.loras, recipe.teacher.quantize))
 
 
 def origin_of(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:
@@ -298,17 +319,12 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
     return torch.float64 if recipe.precision == "fp64" else getattr(torch, recipe.teacher.dtype)
 
 
-def _world(path: str) -> str | None:
-    name = path.removeprefix("teacher:")
-    return name if name in NAMES else None
-
-
-def run_update(run: Run, step: int, index: int, update: Update, before: Sequence[Batch]) -> tuple[list[Batch], dict[str, Tensor]]:
+def run_update(run: Run, step: int, index: int, update: Update, before: Sequence[Batch]) -> tuple[list[Batch], dict[str, Mean]]:
     """Forward and backward of one update over its micro-batches; gradients are left on the roles. Returns the batches and the log."""
     recipe, roles = run.recipe, run.roles
     roles.train_only(update.trains, update.expert)
     batches: list[Batch] = []
-    logs: dict[str, Tensor] = {}
+    logs: dict[str, Mean] = {}
     for micro in range(recipe.accumulate):
         draws = run.draws(step, index, micro)
         batch = before[micro] if update.reuse else run.batch(draws)
@@ -318,6 +334,6 @@ def run_update(run: Run, step: int, index: int, update: Update, before: Sequence
             loss = run.method.loss(update, roles, batch, draws)
             run.accelerator.backward(loss.value / recipe.accumulate)
         for name, value in {"loss": loss.value, **loss.log}.items():
-            value = torch.as_tensor(value, device=loss.value.device).detach() / recipe.accumulate
-            logs[f"{update.loss}/{name}"] = logs.get(f"{update.loss}/{name}", 0) + value
+            key, mean = f"{update.loss}/{name}", value if isinstance(value, Mean) else Mean.of(value, loss.value.device)
+            logs[key] = logs[key] + mean if key in logs else mean
     return batches, logs

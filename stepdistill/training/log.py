@@ -1,4 +1,4 @@
-"""A plain JSONL log, the trackers of accelerate, and preview grids."""
+"""A plain JSONL log, and means since its last line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.sampler import sample
-from stepdistill.images import grid, save_png
+from stepdistill.losses.reported import Mean
 from stepdistill.training.assemble import Run
 from stepdistill.training.checkpoint import write_atomically
 
@@ -44,28 +41,19 @@ class Means:
     """Running sums of logged scalars since the last line, kept on the device so that nothing waits for it."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, tuple[Tensor, int]] = {}
+        self.sums: dict[str, Mean] = {}
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
+    def add(self, values: Mapping[str, Mean]) -> None:
         """Add one update's values."""
-        for name, value in values.items():
-            total, count = self.sums.get(name, (torch.zeros_like(value), 0))
-            self.sums[name] = total + value, count + 1
+        for name, part in values.items():
+            self.sums[name] = self.sums[name] + part if name in self.sums else part
 
     def take(self, run: Run) -> dict[str, float]:
-        """The means over updates and processes, and start again."""
+        """The means over updates and processes, but for those of no sample, and start again."""
         names = sorted(self.sums)
         if not names:
             return {}
-        means = torch.stack([(self.sums[n][0] / self.sums[n][1]).float() for n in names])
+        sums = torch.stack([torch.stack((self.sums[n].total.float(), self.sums[n].count.float())) for n in names])
         self.sums = {}
-        return dict(zip(names, run.accelerator.reduce(means, "mean").tolist(), strict=True))
-
-
-def preview(run: Run, path: Path) -> None:
-    """A PNG grid of the student (its EMA where one is kept) at fixed noise and labels."""
-    draws = Draws(run.recipe.seed, range(run.recipe.preview_count), step=-1, device=run.accelerator.device)
-    labels = torch.arange(run.recipe.preview_count) % max(1, run.teacher.classes)
-    with run.roles.averaged(run.ema.network if run.ema else None) as student:
-        x0 = sample(student, run.method.sampler(), run.teacher.condition(labels), draws, run.teacher.shape)
-    save_png(grid(run.teacher.pictures(x0), columns=min(10, run.recipe.preview_count)), path)
+        totals, counts = run.accelerator.reduce(sums, "sum").T.tolist()
+        return {n: total / count for n, total, count in zip(names, totals, counts, strict=True) if count}

@@ -10,9 +10,10 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from stepdistill import recipe as recipes
+from stepdistill.losses.reported import Mean
 from stepdistill.recipe import Recipe
 from stepdistill.training import checkpoint
 from stepdistill.training.assemble import Run, assemble, run_update
-from stepdistill.training.log import Log, Means, preview
+from stepdistill.training.log import Log, Means
+from stepdistill.training.look import look, preview
 
-RECIPE, LOCK, CHECKPOINTS = "recipe.yaml", "lock.json", "checkpoints"
+RECIPE, LOCK, CHECKPOINTS, BEST = "recipe.yaml", "lock.json", "checkpoints", "best"
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,36 @@ class Outcome:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class State:
+    """What a hook is given: the run after a step, its folder, and whether that step was the last.
+
+    `notes` is what hooks remember, plain JSON values that every checkpoint keeps. `log` writes a line of its own for this step, and `keep`
+    puts this step's checkpoint into another folder, in the place of the one there; both are for the main process.
+    """
+
+    run: Run
+    out: Path
+    last: bool
+    notes: dict[str, Any]
+    log: Callable[[Mapping[str, float]], None]
+    keep: Callable[[Path], None]
+
+
+Hook = Callable[[int, State], None]                                             # called after so many finished steps, on every process
+
+
 def say(message: str) -> None:
     """A line on standard error that does not break the progress bar."""
     tqdm.write(message, file=sys.stderr)
 
 
-def start(recipe: Recipe, out: Path, accelerator: Accelerator | None = None) -> Outcome:
-    """Train from the beginning into a new or empty folder. ValueError where it holds anything."""
+def start(recipe: Recipe, out: Path, hooks: Sequence[Hook] = (), accelerator: Accelerator | None = None) -> Outcome:
+    """Train from the beginning into a new or empty folder; a hook knows its own period.
+
+    ValueError where the folder holds anything, or the recipe asks for exams and there is no hook.
+    """
+    _handed_in(recipe, hooks)
     accelerator = accelerator or make_accelerator(recipe, out)
     if out.exists() and (not out.is_dir() or any(p.name != f".{RECIPE}.partial" for p in out.iterdir())):     # what a kill may leave
         raise ValueError(f"{out} is not empty: choose another --out, or continue it with --resume {out}")
@@ -63,16 +89,23 @@ def start(recipe: Recipe, out: Path, accelerator: Accelerator | None = None) -> 
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write_atomically(out / RECIPE, recipes.dump(recipe))
     accelerator.wait_for_everyone()
-    return train(run, out)
+    return train(run, out, hooks)
 
 
-def resume(out: Path) -> Outcome:
-    """Go on from the newest readable checkpoint, or from the beginning where there is none yet."""
+def resume(out: Path, hooks: Sequence[Hook] = ()) -> Outcome:
+    """Go on from the newest readable checkpoint, or from the beginning where there is none yet. The hooks are those that `start` had."""
     if not (out / RECIPE).is_file():
         raise FileNotFoundError(f"{out} is not a run: it has no {RECIPE}")
     recipe = recipes.load(out / RECIPE)
+    _handed_in(recipe, hooks)
     run = assemble(recipe, make_accelerator(recipe, out))
-    return train(run if checkpoint.listed(out / CHECKPOINTS) else begun(run), out)
+    return train(run if checkpoint.listed(out / CHECKPOINTS) else begun(run), out, hooks)
+
+
+def _handed_in(recipe: Recipe, hooks: Sequence[Hook]) -> None:
+    """ValueError where a recipe asks for exams, which are a hook, and there is no hook at all."""
+    if recipe.exam.every and not hooks:
+        raise ValueError("exam.every asks for scores, and no hook was handed in: give stepdistill.eval.exam.examine, or set it to 0")
 
 
 def begun(run: Run) -> Run:
@@ -101,11 +134,11 @@ def make_accelerator(recipe: Recipe, out: Path | None) -> Accelerator:
     return Accelerator(mixed_precision="no", log_with=trackers or None, project_config=folders)
 
 
-def train(run: Run, out: Path) -> Outcome:
+def train(run: Run, out: Path, hooks: Sequence[Hook] = ()) -> Outcome:
     """The training loop proper."""
     recipe, accelerator, main = run.recipe, run.accelerator, run.accelerator.is_main_process
     with locked(out, main), interruptible() as stop:
-        first, skipped, seconds = restore(run, out)
+        first, skipped, seconds, notes = restore(run, out)
         began = time.monotonic() - seconds                                      # of all sittings of this run
         if first >= recipe.steps:
             if main:
@@ -116,6 +149,7 @@ def train(run: Run, out: Path) -> Outcome:
         accelerator.init_trackers("stepdistill", init_kwargs={"wandb": {"name": out.name, "dir": str(out)}})
         bar = tqdm(total=recipe.steps, initial=first, disable=not main, file=sys.stderr, unit="step", dynamic_ncols=True, desc=out.name)
         means, bad = Means(), Counter[str]()                                    # skips in a row, of each of the method's losses
+        unseen = set(run.roles.trains)                                          # whose weights were not compared since the last line
         for step in range(first, recipe.steps):
             stage, begins = run.stage_at(step)
             if begins:
@@ -125,7 +159,8 @@ def train(run: Run, out: Path) -> Outcome:
             batches: list[Any] = []
             for index, update in enumerate(run.method.plan(step)):
                 batches, logs = run_update(run, step, index, update, batches)
-                norms = run.optim.step(update.trains)
+                norms, moved = run.optim.step(update.trains, unseen & set(update.trains))
+                unseen -= set(update.trains)
                 if not all(math.isfinite(n) for n in norms.values()):
                     bad[update.loss], skipped = bad[update.loss] + 1, skipped + 1
                     if main:
@@ -139,20 +174,27 @@ def train(run: Run, out: Path) -> Outcome:
                 run.method.after_update(run.roles, update, run.optim.counts[update.trains[0]])
                 if run.ema and "student" in update.trains:
                     run.ema.after(run.roles.module("student"), run.optim.age("student"))
-                means.add({**logs, **{f"grad/{n}": torch.as_tensor(v, device=accelerator.device) for n, v in norms.items()}})
+                values = {**{f"grad/{n}": v for n, v in norms.items()}, **{f"moved/{n}": v for n, v in moved.items()}}
+                means.add({**logs, **{name: Mean.of(value, accelerator.device) for name, value in values.items()}})
             done, last = step + 1, step + 1 == recipe.steps
             halt = stop(accelerator)
             if done % recipe.log_every == 0 or last:
-                values = means.take(run)
+                values, unseen = means.take(run), set(run.roles.trains)
                 accelerator.log(values, step=done)
                 if log:
                     rates = {f"lr/{n}": v for n, v in run.optim.rates().items()}
                     log.write({"step": step, "seconds": round(time.monotonic() - began, 3), **values, **rates, "skipped": skipped})
                 bar.set_postfix({k.split("/")[-1]: f"{v:.3g}" for k, v in values.items() if k.endswith("/loss")}, refresh=False)
-            if main and (last or (recipe.preview_every and done % recipe.preview_every == 0)):
+            if log and recipe.preview_every and (last or done % recipe.preview_every == 0):
+                tell(run, log, done, look(run, out / "previews", done))
+            elif main and last:
                 preview(run, out / "previews" / f"{done:08d}.png")
+            state = State(run, out, last, notes, partial(tell, run, log, done),
+                          partial(write, run, done, skipped, time.monotonic() - began, notes, 1))
+            for hook in hooks:
+                hook(done, state)
             if done % recipe.checkpoint_every == 0 or last or halt:
-                save(run, out, done, skipped, time.monotonic() - began)
+                save(run, out, done, skipped, time.monotonic() - began, notes)
             bar.update()
             if halt and not last:
                 bar.close()
@@ -165,28 +207,40 @@ def train(run: Run, out: Path) -> Outcome:
     return Outcome(str(out), recipe.steps, recipe.steps, True, skipped=skipped, seconds=time.monotonic() - began)
 
 
-def save(run: Run, out: Path, step: int, skipped: int, seconds: float) -> None:
-    """A checkpoint after `step` finished steps, by the main process."""
+def tell(run: Run, log: Log | None, done: int, values: Mapping[str, float]) -> None:
+    """A line of its own after `done` steps, in the log and for the trackers."""
+    run.accelerator.log(dict(values), step=done)
+    if log:
+        log.write({"step": done - 1, **values})
+
+
+def write(run: Run, done: int, skipped: int, seconds: float, notes: Mapping[str, Any], keep: int, folder: Path) -> None:
+    """A checkpoint after `done` finished steps, into a folder that keeps so many."""
+    state = {"counts": run.optim.counts, "method": run.method.state(), "skipped": skipped, "seconds": seconds, "notes": notes,
+             "threads": torch.get_num_threads(), "torch": torch.__version__, "processes": run.accelerator.num_processes,
+             "sampler": run.method.sampler().to_dict(), "call": run.teacher.call}
+    checkpoint.save(folder, done, run.tensors(), state, keep)
+
+
+def save(run: Run, out: Path, done: int, skipped: int, seconds: float, notes: Mapping[str, Any]) -> None:
+    """A checkpoint of the run, by the main process."""
     if run.accelerator.is_main_process:
-        state = {"counts": run.optim.counts, "method": run.method.state(), "skipped": skipped, "seconds": seconds,
-                 "threads": torch.get_num_threads(), "torch": torch.__version__, "processes": run.accelerator.num_processes,
-                 "sampler": run.method.sampler().to_dict(), "call": run.teacher.call}
-        checkpoint.save(out / CHECKPOINTS, step, run.tensors(), state, run.recipe.keep)
+        write(run, done, skipped, seconds, notes, run.recipe.keep, out / CHECKPOINTS)
     run.accelerator.wait_for_everyone()
 
 
-def restore(run: Run, out: Path) -> tuple[int, int, float]:
-    """(first step to do, updates skipped and seconds trained so far), with the newest readable checkpoint loaded."""
+def restore(run: Run, out: Path) -> tuple[int, int, float, dict[str, Any]]:
+    """(first step to do, updates skipped and seconds trained so far, notes of hooks), with the newest readable checkpoint loaded."""
     main = run.accelerator.is_main_process
     found = checkpoint.newest(out / CHECKPOINTS, say if main else lambda line: None)
     if found is None:
-        return 0, 0, 0.0
+        return 0, 0, 0.0, {}
     tensors, state = found
     run.load(tensors, state)
     if state["threads"] != torch.get_num_threads() and main:
         say(f"this run was saved with {state['threads']} threads and goes on with {torch.get_num_threads()}: "
             f"results will differ in the last bits; OMP_NUM_THREADS={state['threads']} makes it bit-exact")
-    return int(state["step"]), int(state["skipped"]), float(state.get("seconds", 0.0))
+    return int(state["step"]), int(state["skipped"]), float(state.get("seconds", 0.0)), dict(state.get("notes", {}))
 
 
 @contextmanager

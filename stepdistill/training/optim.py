@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,20 @@ def check_weights_can_move(roles: Roles, name: str, lr: float) -> None:
                          f"at lr {lr:.1e} it would never move. Set weights: float32 (precision: bf16 stays as fast)")
 
 
+def some_of(parameters: Sequence[Tensor], each: int = 256) -> list[Tensor]:
+    """Copies of about `each` numbers of every parameter, evenly spread."""
+    return [p.detach().flatten()[:: max(1, p.numel() // each)].clone() for p in parameters]
+
+
+def share_moved(before: Sequence[Tensor], parameters: Sequence[Tensor]) -> float:
+    """Which share of the weights is stored differently now, from what `some_of` kept of each tensor.
+
+    Near 0 while the rate is not: updates are rounded away, the commonest silent failure of half-precision storage.
+    """
+    changed = [(a != b).float().mean() * p.numel() for a, b, p in zip(before, some_of(parameters), parameters, strict=True)]
+    return float(torch.stack(changed).sum()) / sum(p.numel() for p in parameters)
+
+
 class Optimizers:
     """Steps, clipping, learning rates and counts of every trained role."""
 
@@ -68,12 +82,16 @@ class Optimizers:
         """Forget a role's moments; its count goes on, and `restarts` say what becomes of its schedule."""
         self._optimizers[name] = make(self.roles.parameters(name), self.recipes[name])
 
-    def step(self, names: Sequence[str]) -> dict[str, float]:
-        """Clip, step and clear these roles; returns their gradient norms. A non-finite norm moves none of them."""
+    def step(self, names: Sequence[str], watched: Collection[str] = ()) -> tuple[dict[str, float], dict[str, float]]:
+        """Clip, step and clear these roles: (their gradient norms, which share of its weights each `watched` one changed).
+
+        A non-finite norm moves none of them.
+        """
         norms = {}
         for name in names:
             limit = self.recipes[name].clip
             norms[name] = torch.nn.utils.clip_grad_norm_(self.roles.parameters(name), limit or math.inf).item()
+        before = {name: some_of(self.roles.parameters(name)) for name in names if name in watched}
         if all(math.isfinite(n) for n in norms.values()):
             for name in names:
                 for group in self._optimizers[name].param_groups:
@@ -82,7 +100,7 @@ class Optimizers:
                 self.counts[name] += 1
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        return norms
+        return norms, {name: share_moved(kept, self.roles.parameters(name)) for name, kept in before.items()}
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each role's next update."""

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stepdistill import recipe as recipes
-from stepdistill import worlds
 from stepdistill.diffusion.draws import Draws, Noise
 from stepdistill.diffusion.process import Flow
 from stepdistill.methods import find
@@ -34,12 +32,14 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.experts import Experts
 from stepdistill.models.features import load_features
+from stepdistill.models.judges import load_judge
 from stepdistill.models.networks import META, NetworkSpec, of_folder
 from stepdistill.models.roles import Roles, features_of
 from stepdistill.recipe import DataRecipe, Recipe
 from stepdistill.training.assemble import AUTOCAST, assemble, dtype_of
 from stepdistill.training.live import Live, alive, rehearsal
 from stepdistill.training.measure import iterate, period
+from stepdistill.worlds.fashion.data import CLASSES
 
 GIB = 2**30
 RESERVE = GIB                                             # for what is no tensor: the CUDA context, workspaces, gaps. A rule of thumb
@@ -142,8 +142,7 @@ def plan(recipe: Recipe, network: NetworkSpec | None = None, gpu: int | None = N
 
 def network_of(recipe: Recipe) -> NetworkSpec:
     """The network that the recipe's teacher folder or world describes."""
-    folder = worlds.teacher_folder(recipe.teacher.path) or Path(recipe.teacher.path)
-    return of_folder(folder)
+    return of_folder(recipe.teacher.folder)
 
 
 def changed(recipe: Recipe, keys: tuple[str, ...]) -> Recipe:
@@ -207,7 +206,9 @@ def count(recipe: Recipe, network: NetworkSpec, gpu: int | None = None, *, card:
     decode = None if network.prompted else network.codec.decode
     method, needs = cls(config, Setup(Flow(), network.shape, recipe.student.sampler, decode, recipe.guidance)), cls.needs(config)
     features = {name: load_features(role.of).to("meta") for name, role in needs.items() if role.source == "features" and role.of}
-    if features and "vae" in network.frozen:
+    judges = {name: load_judge(role.of, CLASSES).to("meta")                      # any labels: they weigh next to nothing
+              for name, role in needs.items() if role.source == "judge" and role.of}
+    if (features or judges) and "vae" in network.frozen:
         raise ValueError(f"{recipe.method['name']} judges pictures, and plan rehearses no VAE: count this one with train --dry-run")
     dtype = dtype_of(recipe)
     teacher = network.denoiser(dtype=dtype, guidance=recipe.guidance, autocast=AUTOCAST[recipe.precision], taps=recipe.student.taps)
@@ -222,12 +223,12 @@ def count(recipe: Recipe, network: NetworkSpec, gpu: int | None = None, *, card:
         for module in networks:
             checkpoint_activations(module)
     with rehearsal(card=card) as blank:
-        for module in (*networks, *features.values()):
+        for module in (*networks, *features.values(), *judges.values()):
             blank(module)
         try:
             seen = lambda of: features[of].seen() if of in features else features_of(roles.denoisers[of], lambda: _example(network))     # noqa: E731
             heads = {name: (role.of, Discriminator(seen(role.of))) for name, role in needs.items() if role.source == "head" and role.of}
-            roles = Roles(roles.denoisers, heads, [name for name, role in needs.items() if role.trains], features)
+            roles = Roles(roles.denoisers, heads, [name for name, role in needs.items() if role.trains], {**features, **judges})
             likewise, known = _rehearsed_alike(recipe), {} if known is None else known
             work, activations = known[likewise] = known.get(likewise) or _rehearsed(recipe, network, method, roles)
         except (TypeError, RuntimeError) as error:
@@ -313,7 +314,8 @@ def _batch(method: Method[Any], network: NetworkSpec, size: int, guided: bool) -
         return torch.zeros(size, *network.shape) if wanted else None
 
     return Batch({name: Sample(network.condition(size, guided), x0=state(not isinstance(stream, Conditions)),
-                               z=state(isinstance(stream, Pairs))) for name, stream in type(method).data(method.cfg).items()})
+                               z=state(isinstance(stream, Pairs)), labels=torch.zeros(size, dtype=torch.long))
+                  for name, stream in type(method).data(method.cfg).items()})
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tiny import LABELS, tiny_pictures, tiny_teacher
 
 from stepdistill.data.streams import PictureSet, Source, folder_pictures, source
 from stepdistill.diffusion.draws import Draws
-from stepdistill.methods.base import Conditions, Images
+from stepdistill.methods.base import Conditions, Images, Pairs
 from stepdistill.models.load import Teacher, load_teacher
 
 STREAMS = {"main": Conditions(), "real": Images()}
@@ -183,3 +184,20 @@ def test_only_what_is_declared_is_read(teacher: Teacher, tmp_path: Path) -> None
         source(teacher, STREAMS, None, None)
     with pytest.raises(ValueError, match=r"reads real pictures: set data.folder"):
         Source(teacher).batch(STREAMS, Draws(0))
+
+
+def test_every_sample_says_its_labels(teacher: Teacher, tmp_path: Path) -> None:
+    """Those that its condition was made of, of whatever stream; 0 where a teacher has no classes."""
+    class Stored:
+        count = 3
+
+        def rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            states = torch.zeros(len(rows), 4, 8, 8)
+            return states, states, 2 - rows
+
+    made = replace(source(teacher, STREAMS, None, tiny_pictures(tmp_path)), pairs=Stored())
+    batch = made.batch({**STREAMS, "pairs": Pairs()}, Draws(0, range(40)))
+    for sample in batch.values():
+        assert torch.equal(sample.rows, sample.cond["class_labels"])
+        assert set(sample.rows.tolist()) == {0, 1, 2}
+    assert Source(replace(teacher, classes=0)).batch({"main": Conditions()}, Draws(0, range(2)))["main"].rows.tolist() == [0, 0]

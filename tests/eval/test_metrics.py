@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch_fidelity import metric_fid, metric_kid, metric_prc
+from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 
 from stepdistill.eval import metrics as M
 
@@ -179,14 +179,14 @@ def test_kid_jackknife():
     sums = M.kernel_sums(x, reference, member)
     keep = torch.ones(25, dtype=torch.bool)
     keep[3] = False
-    assert sums.kid(keep) == pytest.approx(M.kid(x[member != 3], reference), rel=1e-9)
+    assert sums.u_statistic(keep) == pytest.approx(M.kid(x[member != 3], reference), rel=1e-9)
     made = [M.kid_estimate(M.kernel_sums(normal(250, 4, seed=i) * 1.2 + 0.4, reference, member)) for i in range(40)]
     spread = torch.tensor([e.value for e in made]).std().item()
     assert 0.75 < sum(e.se for e in made) / 40 / spread < 1.3
     assert made[0].corrected == pytest.approx(made[0].value, abs=made[0].se / 2)          # nothing to correct
     other = M.kernel_sums(x * 1.01, reference, member)
     delta = M.paired_kid(other, sums)
-    assert delta.value == pytest.approx(other.kid() - sums.kid())
+    assert delta.value == pytest.approx(other.u_statistic() - sums.u_statistic())
     assert delta.se < M.kid_estimate(sums).se / 2
 
 
@@ -217,6 +217,21 @@ def test_a_collapsed_model_is_precise_and_recalls_little():
     assert precision > 0.95
     assert recall < 0.2
     assert M.density_coverage(fake, real)[1] < 0.4
+
+
+def test_what_a_reference_says_is_computed_once_and_again_when_it_changes() -> None:
+    reference, asked = normal(50, 3, seed=1), []
+    ask = lambda: M.remembered(reference, "sum", lambda: asked.append(1) or float(reference.sum()))  # noqa: E731
+    assert ask() == ask() == float(reference.sum())
+    assert len(asked) == 1
+    reference[0] += 1
+    assert ask() == pytest.approx(float(reference.sum()))
+    assert len(asked) == 2
+    first = M.radii(reference, 3)
+    reference *= 2
+    torch.testing.assert_close(M.radii(reference, 3), 4 * first)
+    with torch.inference_mode():
+        assert M.radii(normal(5, 2, seed=2), 1).shape == (5,)
 
 
 def test_radius_leaves_out_the_point_itself():
@@ -250,6 +265,93 @@ def test_recall_keeps_the_value_of_the_whole_set():
     assert made.value == M.precision_recall(fake, real)[1] == made.corrected
     assert made.se == pytest.approx(float(shares.std() / math.sqrt(5)), rel=1e-6)
     assert (made.n, made.groups) == (500, 5)
+
+
+# ------------------------------------------------------------------------------------------------------------- density, coverage, fidelity
+
+
+def test_density_has_the_error_of_a_mean_over_generated_points():
+    real, member = normal(300, 4, seed=1), M.members(400, 5)
+    made = [M.density_estimate(normal(400, 4, seed=seed), real) for seed in range(10, 60)]
+    spread = torch.tensor([e.value for e in made]).std().item()
+    assert 0.75 < sum(e.se for e in made) / 50 / spread < 1.3
+    fake = normal(400, 4)
+    density, coverage = M.density_coverage(fake, real)
+    assert M.density_estimate(fake, real).value == pytest.approx(density)
+    assert M.coverage_estimate(fake, real, 5, member).value == coverage
+
+
+def test_coverage_has_the_spread_of_disjoint_sets():
+    fake, real, member = normal(500, 4) * 0.6, normal(300, 4, seed=1), M.members(500, 5)
+    made = M.coverage_estimate(fake, real, 5, member)
+    shares = torch.tensor([M.density_coverage(fake[member == j], real)[1] for j in range(5)])
+    assert made.se == pytest.approx(float(shares.std() / math.sqrt(5)), rel=1e-5)
+    assert made.value == made.corrected > float(shares.mean())
+    assert (made.n, made.groups) == (500, 5)
+
+
+def test_floor_of_teacher_fidelity():
+    """A second set of the teacher is at the floor; a student is above it, and the paired difference says by how much."""
+    def groups(x):
+        return [M.Moments.of(x[M.members(2000, 25) == j]) for j in range(25)]
+
+    teacher, noise = M.Moments.of(normal(2000, 8, seed=1)), normal(2000, 8, seed=2)
+    floor, other, student = groups(noise), groups(normal(2000, 8, seed=3)), groups(1.2 * noise)
+    low, high = M.paired_frechet(other, floor, teacher).ci95
+    assert low < 0 < high
+    above = M.paired_frechet(student, floor, teacher)
+    assert above.ci95[0] > 0
+    assert above.ci95[0] < 8 * 0.2**2 + 0.02
+    assert M.frechet_estimate(floor, teacher).value > 0                                  # both sets are finite
+
+
+def test_too_few_samples_are_refused():
+    x = normal(6, 3)
+    for measure in (lambda: M.density_estimate(x, x[:5]), lambda: M.coverage_estimate(x, x[:5], 5, torch.zeros(6, dtype=torch.long))):
+        with pytest.raises(ValueError, match="at least 6 points, got 5"):
+            measure()
+    with pytest.raises(ValueError, match="at least 2 values, got 1"):
+        M.density_estimate(x[:1], normal(10, 3))
+    with pytest.raises(ValueError, match="at least 5 groups, got 4"):
+        M.coverage_estimate(normal(40, 3), normal(10, 3), 5, M.members(40, 4))
+    with pytest.raises(ValueError, match="at least 20 samples, got 19"):
+        M.inception_splits(normal(19, 3))
+    with pytest.raises(ValueError, match="at least 5 groups, got 2"):
+        M.inception_estimate(normal(20, 3), M.members(20, 2))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ inception score
+
+
+def test_inception_score_at_its_ends():
+    """Sure and balanced over ten classes it is 10, saying the same of every picture it is 1."""
+    sure, same = 100 * torch.eye(10)[torch.arange(200) % 10], normal(1, 10).expand(200, -1)
+    for logits, score in ((sure, 10.0), (same, 1.0)):
+        assert M.inception_estimate(logits, M.members(200, 5, 10)).value == pytest.approx(score)
+        assert M.inception_splits(logits) == pytest.approx((score, 0), abs=1e-9)
+
+
+def test_inception_splits_agree_with_torch_fidelity():
+    logits = 2 * normal(1003, 12)
+    theirs = metric_isc.isc_features_to_metric(logits, splits=10, shuffle=False)
+    expected = (theirs[metric_isc.KEY_METRIC_ISC_MEAN], theirs[metric_isc.KEY_METRIC_ISC_STD])
+    assert M.inception_splits(logits) == pytest.approx(expected, rel=1e-9)
+
+
+def test_inception_jackknife():
+    """Leaving out a group is scoring the others; the bias, which splits make worse, is gone; the error is that of repeated sampling."""
+    member = M.members(100, 10)
+    logits = 2 * normal(100, 12)
+    whole = lambda x: M.inception_estimate(x, M.members(len(x), 5)).value  # noqa: E731
+    made = M.inception_estimate(logits, member)
+    left = [whole(logits[member != j]) for j in range(10)]
+    assert made.corrected == pytest.approx(10 * whole(logits) - 9 * sum(left) / 10)
+    truth = whole(2 * normal(200_000, 12, seed=1))
+    repeats = [M.inception_estimate(2 * normal(100, 12, seed=seed), member) for seed in range(2, 202)]
+    values, corrected = (torch.tensor([getattr(e, name) for e in repeats]) for name in ("value", "corrected"))
+    assert abs(float(corrected.mean()) - truth) < 3 * float(corrected.std()) / math.sqrt(200) < truth - float(values.mean())
+    assert sum(M.inception_splits(2 * normal(100, 12, seed=seed))[0] for seed in range(2, 22)) / 20 < float(values.mean()) - 0.05
+    assert 0.75 < sum(e.se for e in repeats) / 200 / float(corrected.std()) < 1.3
 
 
 # --------------------------------------------------------------------------------------------------------------------------------- shares

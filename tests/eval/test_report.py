@@ -1,51 +1,12 @@
 """Results side by side: the order of rows, paired differences, the files, and what is refused."""
 
-import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
-import torch
 from PIL import Image
 
-from stepdistill.eval import metrics, protocol, report, score
-
-COUNT = 100
-
-
-@pytest.fixture(autouse=True)
-def reference(monkeypatch) -> protocol.Reference:
-    """Few test features, so that kernels are quick."""
-    whole = protocol.fashion_reference()
-    small = dataclasses.replace(whole, test_features=whole.test_features[:500], test_labels=whole.test_labels[:500])
-    monkeypatch.setattr(report, "fashion_reference", lambda: small)
-    return small
-
-
-@pytest.fixture
-def made(tmp_path, reference):
-    """make(stem, name, nfe, shift): a result whose features are training features moved by `shift`, with equal noise in all of them."""
-
-    def make(stem, name, steps, shift, *, is_teacher=False, guidance=1.0, seed=0, with_features=True):
-        p = protocol.get("fashion", COUNT, seed)
-        rows = torch.stack([(reference.train_labels == c).nonzero()[: COUNT // 10, 0] for c in range(10)], 1).flatten()
-        features, labels = reference.train_features[rows] + shift, torch.arange(COUNT) % 10
-        hits = torch.arange(COUNT) >= 40 * shift
-        estimates = {
-            "frechet_fashion": metrics.frechet_estimate(score.groups(features, p), reference.train),
-            "kid_fashion": metrics.kid_estimate(score.kernel_sums(features, p, reference)),
-            **{f"{name}_fashion": metrics.proportion(hits) for name in ("precision", "recall", "accuracy")},
-        }
-        scored = score.Scored(estimates, features, labels, torch.where(hits, labels, (labels + 1) % 10))
-        images = torch.full((COUNT, 1, 28, 28), 128, dtype=torch.uint8)
-        path = tmp_path / f"{stem}.json"
-        score.write_result(path, p, scored, model={"name": name, "is_teacher": is_teacher}, images=images,
-                           sampler={"nfe": steps * (1 if guidance == 1 else 2), "times": [0.5] * steps, "guidance": guidance},
-                           speed={"ms_per_image": 2.0 * steps}, env={}, started="", seconds=0.0)
-        if not with_features:
-            score.features_path(path, "fashion").unlink()
-        return path
-
-    return make
+from stepdistill.eval import alignment, metrics, report, score
 
 
 def test_report(made, tmp_path):
@@ -57,7 +18,7 @@ def test_report(made, tmp_path):
     assert [row["label"] for row in value["rows"]] == [
         "teacher, 50 steps, w = 1.5", "teacher, 2 steps", "export, 1 step", "export, 4 steps"]
     assert [row["nfe"] for row in value["rows"]] == [100, 2, 1, 4]
-    assert sorted(p.name for p in to.iterdir()) == ["quality_vs_nfe.png", "report.json", "report.md", "samples.png"]
+    assert sorted(p.name for p in to.iterdir()) == ["quality_vs_nfe.png", "report.html", "report.json", "report.md", "samples.png"]
     assert json.loads((to / "report.json").read_text()) == value
     assert not list(to.parent.glob(".*"))
     page = (to / "report.md").read_text()
@@ -75,7 +36,7 @@ def test_differences_are_paired(made, tmp_path, reference):
     first, second = report.compare(paths, tmp_path / "out")["rows"]
     assert first["difference"] is None
     delta, single = second["difference"], second["metrics"]
-    assert list(delta) == ["frechet_fashion", "kid_fashion", "accuracy_fashion"]
+    assert list(delta) == ["frechet_fashion", "kid_fashion", "precision_fashion", "accuracy_fashion"]
     for name, block in delta.items():
         assert block["delta"] == pytest.approx(single[name]["value"] - first["metrics"][name]["value"])
         assert block["ci95"][0] < block["corrected"] < block["ci95"][1]
@@ -141,3 +102,14 @@ def test_other_wrong_input(made, tmp_path):
                                                    (0.25, 0.0, "0.2500 ± 0.0000")])
 def test_numbers_stop_at_their_error(value, se, text):
     assert report.number(value, se) == text
+
+
+def test_many_comparisons_ask_for_more_than_one():
+    """A difference of 2.2 standard errors is a claim between three rows, and none among six."""
+    found = metrics.Estimate(-1.0, -1.0, 0.45, (-1.93, -0.07), 5000, 25)
+    paired = {"frechet_fashion": SimpleNamespace(difference=lambda i, j: found)}
+    rows = [SimpleNamespace(result={"protocol": {"count": 5000}})] * 6
+    few, many = (report.differences(rows[:n], paired)[1:] for n in (3, 6))
+    assert [block["frechet_fashion"]["verdict"] for block in few] == ["better"] * 2
+    assert [block["frechet_fashion"]["verdict"] for block in many] == ["undecided"] * 5
+    assert many[0]["frechet_fashion"]["p_holm"] == pytest.approx(5 * alignment.p_value(found))

@@ -127,7 +127,8 @@ def test_student_and_discriminator_see_the_same_pair():
     with Counted(m.student.network) as asked, Counted(m.teacher.network) as read:
         batches, logs = run_update(run, 0, 0, student, ())
     assert (asked, read) == ([4, 4], [8, 4])                                                        # guided step, then features of p_g
-    assert float(logs["student/loss"]) == pytest.approx(float(logs["student/distance"] + 0.1 * logs["student/fool"]), rel=1e-6)
+    total = logs["student/distance"].value + 0.1 * logs["student/fool"].value
+    assert float(logs["student/loss"].value) == pytest.approx(float(total), rel=1e-6)
     with Counted(m.student.network) as asked, Counted(m.teacher.network) as read:
         _, logs = run_update(run, 0, 1, disc, batches)
     assert (asked, read) == ([], [8])                                                               # of p_g and q_g together, unguided
@@ -138,7 +139,7 @@ def test_student_and_discriminator_see_the_same_pair():
     with torch.no_grad():
         cond, noised = batches[0]["real"].cond, [TABLE.travel(kept[n], keyed.each(n).normal_like(kept[n]), kept["s"], g) for n in "pq"]
         on_p, on_q = (m.disc(m.teacher.plain(x, g, cond, tap=True).features) for x in noised)
-        torch.testing.assert_close(logs["disc/loss"], hinge_discriminator_loss(real=on_q, fake=on_p), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logs["disc/loss"].value, hinge_discriminator_loss(real=on_q, fake=on_p), rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_of_the_term_runs_through_the_frozen_teacher():

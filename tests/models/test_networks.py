@@ -19,12 +19,13 @@ from torch import nn
 from zoo import basics
 
 from stepdistill import recipe as recipes
+from stepdistill import worlds
 from stepdistill.models import networks
 from stepdistill.training.live import rehearsal
 from stepdistill.training.plan import RESERVE
 
 ROOT = Path(__file__).parents[2]
-RECIPES = [name for name in recipes.names() if not name.startswith("fashion/")]
+RECIPES = [name for name in recipes.names() if name.split("/")[0] not in worlds.WORLDS]
 SHALLOW = {**dict.fromkeys(("num_layers", "num_single_layers", "n_layers", "n_refiner_layers", "layers_per_block",
                             "transformer_layers_per_block"), 1), "dual_attention_layers": [0]}
 T5 = {"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu"}

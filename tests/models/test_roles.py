@@ -120,6 +120,18 @@ def test_a_network_over_pictures_is_given_and_judged():
     assert not any(module.training for module in m.eyes.modules())
 
 
+def test_a_judge_is_given_and_no_discriminator_reads_it():
+    needs = {"teacher": Role(), "student": Role(trains=True), "judge": Role(source="judge", of="fashion")}
+    m = Roles.build(needs, teacher(), example, labels=("Bag", "Coat"))
+    assert m.given == ("teacher", "judge")
+    assert m.judge(torch.zeros(2, 1, 8, 8), torch.tensor([1, 0])).shape == (2,)
+    m.train_only(("student",))
+    assert not any(p.requires_grad for p in m.parameters("judge"))
+    assert not any(module.training for module in m.judge.modules())
+    with pytest.raises(ValueError, match="features of 'judge', which is not declared"):
+        Roles.build({**needs, "disc": Role(source="head", of="judge", trains=True)}, teacher(), example, labels=("Bag", "Coat"))
+
+
 def test_gradients_through_a_frozen_role_reach_its_input():
     m = build()
     m.train_only(("student",))

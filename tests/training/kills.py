@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from stepdistill import recipe as recipes
-from stepdistill.training import checkpoint, log, loop
+from stepdistill.training import checkpoint, log, look, loop
 
 
 def die() -> None:
@@ -74,7 +74,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "between rename and prune": lambda: before(checkpoint, "prune", count=3),
     "within prune": lambda: before(checkpoint.shutil, "rmtree", lambda p, *a, **k: Path(p).name == "step-00000002", half=half_a_folder),
     "within a line of the log": lambda: before(log.Log, "write", count=5, half=half_a_line),
-    "before the picture": lambda: before(log, "save_png"),
+    "before the picture": lambda: before(look, "save_png"),
     "within the picture": lambda: before(Path, "replace", lambda path, to: path.name.endswith(".png.partial")),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from stepdistill.methods.base import Batch, Loss, Method, Stage
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.models.roles import Role, Roles
 from stepdistill.recipe import OptimRecipe
-from stepdistill.training import checkpoint, log, loop, measure
+from stepdistill.training import checkpoint, look, loop, measure
 from stepdistill.training.assemble import assemble
 from stepdistill.training.ema import Ema
 from stepdistill.training.optim import Optimizers, rate
@@ -84,11 +84,11 @@ def test_every_role_counts_its_own_updates(base: Path, tmp_path: Path, monkeypat
     used: dict[str, list[float]] = {"student": [], "fake": []}
     original = Optimizers.step
 
-    def spy(self: Optimizers, names: Sequence[str]) -> dict[str, float]:
-        norms = original(self, names)
+    def spy(self: Optimizers, names: Sequence[str], watched: Collection[str] = ()) -> tuple[dict[str, float], dict[str, float]]:
+        found = original(self, names, watched)
         for name in names:
             used[name].append(self._optimizers[name].param_groups[0]["lr"])
-        return norms
+        return found
 
     monkeypatch.setattr(Optimizers, "step", spy)
     falling = {"lr": 1e-3, "schedule": "linear"}
@@ -108,7 +108,7 @@ def test_clipping_is_per_role(base: Path) -> None:
         optimizer, weights = run.optim._optimizers[name], run.roles.parameters(name)
         optimizer.register_step_pre_hook(
             lambda *args, name=name, weights=weights: held.update({name: float(sum(p.grad.square().sum() for p in weights)) ** 0.5}))
-    norms = run.optim.step(("student", "fake"))
+    norms, _ = run.optim.step(("student", "fake"))
     norm = sum(p.numel() for p in run.roles.parameters("fake")) ** 0.5
     assert norms == pytest.approx({"student": norm, "fake": norm}, rel=1e-4)
     assert held == pytest.approx({"student": 0.25, "fake": norm}, rel=1e-4)
@@ -161,7 +161,7 @@ def test_one_bad_role_stops_all_roles_of_its_update(base: Path) -> None:
         for p in run.roles.parameters(name):
             p.grad = torch.ones_like(p)
     run.roles.parameters("disc")[0].grad[0] = torch.inf
-    norms = run.optim.step(("fake", "disc"))
+    norms, _ = run.optim.step(("fake", "disc"))
     assert norms["disc"] == float("inf")
     assert run.optim.counts == {"student": 0, "fake": 0, "disc": 0}
     for name, weights in before.items():
@@ -317,27 +317,61 @@ def test_stages_must_add_up(two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_previews_come_at_their_period(base: Path, tmp_path: Path) -> None:
     loop.start(tiny_recipe(base, **DATA_FREE, steps=5, preview_every=2, checkpoint_every=5), tmp_path / "run")
-    files = sorted((tmp_path / "run" / "previews").iterdir())
-    assert [file.name for file in files] == ["00000002.png", "00000004.png", "00000005.png"]
+    files = sorted((tmp_path / "run" / "previews").glob("*.png"))
+    assert [file.name for file in files] == ["00000002.png", "00000004.png", "00000005.png", "teacher.png"]
     assert {png_size(file) for file in files} == {(3 * (64 + 2) + 2, 64 + 2 + 2)}     # three pictures of 16, four times enlarged
     assert files[0].read_bytes() != files[2].read_bytes()
 
 
+def test_a_look_counts_the_student_against_the_teacher(base: Path, tmp_path: Path) -> None:
+    """At its period, for the average and for the raw weights; the teacher's side is made once, whatever interrupts."""
+    changes = {**DATA_FREE, "steps": 4, "preview_every": 2, "preview_count": 12, "checkpoint_every": 4}
+    loop.start(tiny_recipe(base, **changes), tmp_path / "run")
+    lines = [line for line in log_lines(tmp_path / "run") if any(key.startswith("look") for key in line)]
+    assert [line["step"] for line in lines] == [1, 3]
+    names = {"brightness", "contrast", "clipped", "sharpness", "grid", "spread"}
+    assert all({f"{kind}/{name}" for kind in ("look", "look_raw") for name in names} <= set(line) for line in lines)
+    run = tiny_run(base, **changes)
+    (tmp_path / "same").mkdir()
+    untrained = look.look(run, tmp_path / "same", 0)
+    kept = (tmp_path / "same" / "teacher.json").read_text()
+    assert kept == (tmp_path / "run" / "previews" / "teacher.json").read_text()
+    assert {key.removeprefix("look_raw/"): value for key, value in untrained.items() if key.startswith("look_raw")} == \
+        {key.removeprefix("look/"): value for key, value in untrained.items() if key.startswith("look/")}     # nothing has moved yet
+    with torch.no_grad():
+        run.roles.module("student").conv_out.bias += 0.5
+    moved = look.look(run, tmp_path / "same", 1)
+    assert moved["look/brightness"] == untrained["look/brightness"]
+    assert moved["look_raw/brightness"] != untrained["look_raw/brightness"]
+
+
+def test_a_look_at_a_method_that_asks_no_teacher(base: Path, tmp_path: Path) -> None:
+    """Easy consistency tuning declares no role of that name; its student is held against the teacher all the same."""
+    assert loop.start(tiny_recipe(base, "ect", steps=1, preview_every=1), tmp_path / "run").finished
+    assert (tmp_path / "run" / "previews" / "teacher.png").is_file()
+
+
+def test_pictures_do_not_depend_on_how_many_are_made_at_a_time(base: Path) -> None:
+    few, many = (tiny_run(base, **DATA_FREE, preview_count=5, batch_size=size) for size in (2, 8))
+    a, b = (look.drawn(run, run.teacher.denoiser, run.method.sampler()) for run in (few, many))
+    assert int((a.int() - b.int()).abs().max()) <= 1
+
+
 def test_a_preview_is_the_average_at_fixed_noise(base: Path, tmp_path: Path) -> None:
     run, files = tiny_run(base), [tmp_path / f"{i}.png" for i in range(4)]
-    log.preview(run, files[0])
+    look.preview(run, files[0])
     torch.manual_seed(123)
     run.roles.train_only(("student",))
-    log.preview(run, files[1])
+    look.preview(run, files[1])
     assert files[1].read_bytes() == files[0].read_bytes()
     assert run.roles.module("student").training                              # as the loop left it
     with torch.no_grad():
         run.roles.module("student").conv_out.bias += 0.3
-    log.preview(run, files[2])
+    look.preview(run, files[2])
     assert files[2].read_bytes() == files[0].read_bytes()                    # the student moved, its average did not
     assert run.ema is not None
     run.ema.network.conv_out.bias += 0.3
-    log.preview(run, files[3])
+    look.preview(run, files[3])
     assert files[3].read_bytes() != files[0].read_bytes()
 
 

@@ -26,6 +26,7 @@ from stepdistill.training.measure import bytes_of
 LORA = {"student": {"rank": 8}, "fake": {"rank": 8}}
 DATA_FREE = {"method__gan_weight": 0}
 ALL = [(family, lora) for family in SIZED for lora in ({}, LORA)]
+OTHERS = ("progressive", "scm", "phased_dmd", "add")                             # stages, forward mode, experts, a judge; the rest is slow
 FEW = (0, 7)                                                                 # a U-Net in full and a transformer with LoRA; the rest is slow
 WIDE = {"block_out_channels": (32, 64), "attention_head_dim": 8, "norm_num_groups": 8,
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
@@ -84,12 +85,12 @@ def test_what_the_roles_hold_is_what_a_run_holds(base: Path, lora: dict[str, Any
             assert {key: getattr(found.roles[name], key) for key in row} == row
 
 
-def test_every_method_can_be_planned(base: Path) -> None:
-    for method in METHODS:
-        found = plan.plan(tiny_recipe(base, method))
-        assert set(found.roles) == set(METHODS[method].needs(tiny_recipe(base, method).method_config))
-        assert all(role.activations > 0 for name, role in found.roles.items() if name != "previous")             # later stages ask that
-        assert found.peak > found.resident
+@pytest.mark.parametrize("method", [pytest.param(name, marks=[] if name in OTHERS else pytest.mark.slow) for name in METHODS])
+def test_every_method_can_be_planned(base: Path, method: str) -> None:
+    found = plan.plan(tiny_recipe(base, method))
+    assert set(found.roles) == set(METHODS[method].needs(tiny_recipe(base, method).method_config))
+    assert all(role.activations > 0 for name, role in found.roles.items() if name != "previous")                 # later stages ask that
+    assert found.peak > found.resident
 
 
 # ---- the follower of storages

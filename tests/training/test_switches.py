@@ -20,8 +20,12 @@ def dynamo(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: whole(module, backend="aot_eager"))
 
 
-@pytest.mark.parametrize("lora", [{}, {"student": {"rank": 2}, "fake": {"rank": 2}}], ids=["copies", "adapters"])
-@pytest.mark.parametrize("switch", ["channels_last", "compile"])
+LORA = {"student": {"rank": 2}, "fake": {"rank": 2}}
+
+
+@pytest.mark.parametrize(("switch", "lora"), [
+    pytest.param("channels_last", {}, id="channels_last-copies"), pytest.param("channels_last", LORA, id="channels_last-adapters"),
+    pytest.param("compile", {}, id="compile-copies"), pytest.param("compile", LORA, id="compile-adapters", marks=pytest.mark.slow)])
 def test_the_result_is_the_same(tmp_path, dynamo, switch, lora):
     plain, switched = (trained(tmp_path, str(on), lora=lora, **{switch: on}) for on in (False, True))
     assert plain.keys() == switched.keys()

@@ -1,0 +1,65 @@
+"""A student in the light of its teacher: the same noise and the same prompts, sample by sample.
+
+The distance to the teacher's distribution is a protocol of its own (teacher-only), whose floor is the teacher's distance to itself under
+other seeds. What is told here describes: students that match a distribution need not keep the teacher's map from noise to picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.eval import alignment, drifts, metrics, score
+from stepdistill.eval.measures import KINDS
+from stepdistill.eval.protocol import Protocol, told_apart
+
+GROUPS = 10                                             # of the jackknife over the few pictures that are kept
+
+
+def reference_path(result: Path) -> Path:
+    """Where a teacher's result keeps the reference that its students are held against."""
+    return result.with_name(f"{result.stem}.reference.safetensors")
+
+
+@dataclass(frozen=True)
+class Light:
+    """A teacher's result under a protocol, with what was kept beside it."""
+
+    path: Path
+    result: Mapping[str, Any]
+    protocol: Protocol
+    kept: Mapping[str, Tensor] | None
+    pictures: Tensor | None
+
+    @classmethod
+    def of(cls, path: Path, protocol: Protocol) -> Light:
+        """Raises FileNotFoundError or ValueError where it is no result, or one of another protocol, naming the fields that differ."""
+        result = score.read_result(path)
+        if result["protocol_hash"] != protocol.hash:
+            told = told_apart(result["protocol"], protocol)
+            raise ValueError(f"{path} was scored under another protocol ({told}): score both under one")
+        samples = score.read_tensors(score.samples_path(path), result)
+        return cls(path, result, protocol, score.read_tensors(score.features_path(path, protocol.extractor), result),
+                   None if samples is None else samples["images"])
+
+    def beside(self, scored: score.Scored, first: Tensor) -> dict[str, Any]:
+        """The block `teacher` of a student's result: the teacher's own metrics; `cos`, of paired features; `ratio` of what is told per
+        prompt; `drift`, of the first pictures (n, C, H, W) of both."""
+        block: dict[str, Any] = {"result": self.path.name, "name": self.result["model"]["name"], "metrics": self.result["metrics"],
+                                 "cos": None, "ratio": {}, "drift": {}}
+        if self.kept is not None:
+            block["cos"] = alignment.cos_teacher(scored.features, self.kept["features"]).to_dict()
+            for name, measure in self.protocol.plan.items():
+                mine, its = scored.pairs.get(f"values/{name}"), self.kept.get(f"values/{name}")
+                if KINDS[measure.kind].unit == "prompt" and mine is not None and its is not None:
+                    block["ratio"][name] = metrics.bootstrap_ratio(mine, its).to_dict()
+        if self.pictures is not None and self.pictures.shape == first.shape and len(first) >= 2 * metrics.FEWEST:
+            labels, sets = torch.arange(len(first)) % self.protocol.turns, min(GROUPS, len(first) // 2)
+            member = labels % sets if self.protocol.turns >= sets else torch.arange(len(first)) % sets
+            block["drift"] = {name: e.to_dict() for name, e in drifts.drift_estimates(first, self.pictures, labels, member).items()}
+        return block
