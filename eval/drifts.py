@@ -33,7 +33,8 @@ def drift_estimates(student: Tensor, teacher: Tensor, labels: Tensor, member: Te
 
 
 def latent_drift(student: Tensor, teacher: Tensor, member: Tensor) -> dict[str, Estimate]:
-    """Of latents (N, C, ...) of both: `mean_0` the difference of the first channel's means, `std_0` the ratio of its deviations, and so on.
+    """Of latents (N, C, ...) of both: `latent_mean_0` the difference of the first channel's means, `latent_std_0` the ratio of its
+    standard deviations, and so on.
 
     `member` (N,) is the group of each row, five groups or more. Raises ValueError for latents that do not fit each other, fewer groups, or
     a channel in which the teacher's do not vary.
@@ -43,8 +44,8 @@ def latent_drift(student: Tensor, teacher: Tensor, member: Tensor) -> dict[str, 
     (mean, std), (teacher_mean, teacher_std) = (_mean_std(keep, _powers(latents, member, groups)) for latents in (student, teacher))
     if not bool((teacher_std > 1e-6 * teacher_mean.abs()).all()):
         raise ValueError("a channel of the teacher's latents does not vary: these are no latents of different pictures")
-    named = {f"mean_{c}": column for c, column in enumerate((mean - teacher_mean).T.tolist())}
-    named |= {f"std_{c}": column for c, column in enumerate((std / teacher_std).T.tolist())}
+    named = {f"latent_mean_{c}": column for c, column in enumerate((mean - teacher_mean).T.tolist())}
+    named |= {f"latent_std_{c}": column for c, column in enumerate((std / teacher_std).T.tolist())}
     return {name: jackknife(column[0], column[1:], len(member)) for name, column in named.items()}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from stepdistill import worlds
 from stepdistill.eval import cards, measures, memory, pictures, references, score, teachers
@@ -80,7 +80,7 @@ def evaluate(model: str, protocol_name: str, count: int | None, to: Path, *, ste
     exam = cards.ready(protocol_name, count, seed, brought)
     real = [references.read(path, exam.protocol).real[exam.protocol.extractor] for path in (train, held_out) if path is not None]
     sitting = Sitting(exam, to, device, asked, None if other is None else teachers.Light.of(other, exam.protocol),
-                      (real[0], real[1]) if real else None, started, began)
+                      (real[0], real[1]) if real else None, started, began, subject and subject.teacher.latents)
     if subject is None:
         seen = pictures.made(files, exam.protocol.count)
         _sized(seen, exam.protocol, model)
@@ -96,7 +96,7 @@ def evaluate(model: str, protocol_name: str, count: int | None, to: Path, *, ste
 @dataclass(frozen=True)
 class Sitting:
     """An exam that is held, where its result goes, and what the result tells besides: what was asked for, the teacher's light, real
-    training and held-out pictures among which memorised ones are looked for."""
+    training and held-out pictures among which memorised ones are looked for. `encode` makes latents of pictures, if the model has some."""
 
     exam: Exam
     to: Path
@@ -106,6 +106,7 @@ class Sitting:
     real: tuple[Real, Real] | None
     started: str
     began: float
+    encode: Callable[[Tensor], Tensor | None] | None
 
     def finish(self, seen: Pictures, described: Mapping[str, Any], sampler: Mapping[str, Any], speed: Mapping[str, Any]) -> None:
         """Score pictures and write the result."""
@@ -120,7 +121,7 @@ class Sitting:
         score.write_result(
             self.to, protocol, scored, model=described, sampler=sampler, images=first, speed=speed, env=score.environment(self.device),
             started=self.started, seconds=round(time.monotonic() - self.began, 1), blocks=blocks,
-            teacher=None if self.light is None else self.light.beside(scored, first))
+            teacher=None if self.light is None else self.light.beside(scored, first, self.encode))
 
 
 def _told(**asked: Any) -> dict[str, Any]:

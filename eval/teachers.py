@@ -6,7 +6,7 @@ other seeds. What is told here describes: students that match a distribution nee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,9 @@ class Light:
         return cls(path, result, protocol, score.read_tensors(score.features_path(path, protocol.extractor), result),
                    None if samples is None else samples["images"])
 
-    def beside(self, scored: score.Scored, first: Tensor) -> dict[str, Any]:
+    def beside(self, scored: score.Scored, first: Tensor, encode: Callable[[Tensor], Tensor | None] | None = None) -> dict[str, Any]:
         """The block `teacher` of a student's result: the teacher's own metrics; `cos`, of paired features; `ratio` of what is told per
-        prompt; `drift`, of the first pictures (n, C, H, W) of both."""
+        prompt; `drift`, of the first pictures (n, C, H, W) of both, and of their latents where `encode` makes some of uint8 pictures."""
         block: dict[str, Any] = {"result": self.path.name, "name": self.result["model"]["name"], "metrics": self.result["metrics"],
                                  "cos": None, "ratio": {}, "drift": {}}
         if self.kept is not None:
@@ -61,5 +61,8 @@ class Light:
         if self.pictures is not None and self.pictures.shape == first.shape and len(first) >= 2 * metrics.FEWEST:
             labels, sets = torch.arange(len(first)) % self.protocol.turns, min(GROUPS, len(first) // 2)
             member = labels % sets if self.protocol.turns >= sets else torch.arange(len(first)) % sets
-            block["drift"] = {name: e.to_dict() for name, e in drifts.drift_estimates(first, self.pictures, labels, member).items()}
+            found = drifts.drift_estimates(first, self.pictures, labels, member)
+            if encode is not None and (latents := encode(first)) is not None and (its := encode(self.pictures)) is not None:
+                found |= drifts.latent_drift(latents, its, member)
+            block["drift"] = {name: estimate.to_dict() for name, estimate in found.items()}
         return block

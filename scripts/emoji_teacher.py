@@ -107,6 +107,8 @@ def main(
     batch_size: int = 48,
     learning_rate: float = 4e-4,
     seed: int = 0,
+    compiled: Annotated[bool, typer.Option("--compile", help="with torch.compile, which needs a C++ compiler: on a CPU a third faster for "
+                                                             "dit and an eighth for sd")] = False,
 ) -> None:
     """Train one of the two emoji teachers."""
     if kind not in KINDS:
@@ -120,6 +122,7 @@ def main(
     codes, words = latents(vae, data.to_model(data.pictures(emojis)), seed, out / "latents.safetensors"), dict[str, Tensor]()
     torch.manual_seed(key(seed, "weights"))
     net = chosen.make().to(device)
+    denoise = torch.compile(net) if compiled else net
 
     def told(captions: list[str]) -> Tensor:
         if new := [c for c in dict.fromkeys(captions) if c not in words]:
@@ -137,7 +140,7 @@ def main(
         eps = torch.randn(x0.shape, generator=generator).to(device)
         x_t = like(chosen.process.alpha(t), x0) * x0 + like(chosen.process.sigma(t), x0) * eps
         with torch.autocast(device.type, torch.bfloat16), attention():
-            y = net(x_t, timestep=chosen.clock(t).float(), encoder_hidden_states=cond, return_dict=False)[0]
+            y = denoise(x_t, timestep=chosen.clock(t).float(), encoder_hidden_states=cond, return_dict=False)[0]
         return {"loss": (y.float() - chosen.target(x0, eps)).square().mean()}
 
     best = fit(net, loss, out, updates, learning_rate).to("cpu")
@@ -146,8 +149,8 @@ def main(
     (out / "teacher.json").write_text(json.dumps({
         "kind": kind, "updates": updates, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
         "parameters": sum(p.numel() for p in best.parameters()), "data": data.ATTRIBUTION,
-        "command": f"python scripts/emoji_teacher.py {kind} --vae VAE --out runs/emoji_{kind} --updates {updates} --seed {seed}"},
-        indent=1) + "\n")
+        "command": f"python scripts/emoji_teacher.py {kind} --vae VAE --out runs/emoji_{kind} --updates {updates} --seed {seed}"
+                   + compiled * " --compile"}, indent=1) + "\n")
     print(f"written to {out}")
 
 

@@ -41,7 +41,7 @@ def codes(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for the checkpoint, the log and, at the end, vae/ and two grids")],
-    updates: int = 8000,
+    updates: int = 3000,
     batch_size: int = 32,
     learning_rate: float = 1e-3,
     edges: Annotated[float, typer.Option(help="weight of the differences")] = 1.0,
@@ -53,13 +53,13 @@ def main(
     images, shares = data.to_model(data.pictures(train)), data.shares(train)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(key(seed, "weights"))
-    vae = AutoencoderKL(**NETWORK).to(device, memory_format=torch.channels_last)
+    vae = AutoencoderKL(**NETWORK).to(device)
 
     def loss(update: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(key(seed, "batch", update))
         x = data.moved(images[torch.multinomial(shares, batch_size, generator=generator)], generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            posterior = vae.encode(x.to(memory_format=torch.channels_last)).latent_dist
+            posterior = vae.encode(x).latent_dist
             z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(x)
             y = vae.decode(z).sample
         y, mean, log_variance = y.float(), posterior.mean.float(), posterior.logvar.float()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from confusion import record
 from oracles import MixtureTeacher
 from tiny import log_lines, snapshot, tiny_recipe
 from toys import FastDraws, Mlp, Oracle, distil, draw_student, four, pretrained, ring
@@ -57,7 +58,7 @@ def distilled(method, start: Denoiser, rates=RATES, steps: int = 400, batch: int
 # ---- illnesses of curves, made on the ring
 
 def test_a_healthy_run_is_silent(start):
-    assert distilled(dmd2(), start) == []
+    assert record("", "DMD2", distilled(dmd2(), start)) == []
 
 
 def climbing(student_loss):
@@ -74,11 +75,13 @@ class Reversed(DMD2):
 
 
 def test_a_wrong_sign(start):
-    assert distilled(dmd2(Reversed), start, {**RATES, "student": OptimRecipe(1e-4)}) == ["wrong sign of the gradient"]
+    found = distilled(dmd2(Reversed), start, {**RATES, "student": OptimRecipe(1e-4)})
+    assert record("wrong sign of the gradient", "DMD2 whose student climbs", found) == ["wrong sign of the gradient"]
 
 
 def test_a_fake_score_that_lags(start):
-    assert distilled(dmd2(), start, {"student": OptimRecipe(2e-3), "fake": OptimRecipe(1e-4)}) == ["fake score lagging"]
+    found = distilled(dmd2(), start, {"student": OptimRecipe(2e-3), "fake": OptimRecipe(1e-4)})
+    assert record("fake score lagging", "DMD2 with a fake score at a twentieth of the student's rate", found) == ["fake score lagging"]
 
 
 class Jolted(DMD2):
@@ -96,14 +99,15 @@ class Jolted(DMD2):
 
 
 def test_a_student_that_is_thrown_off(start):
-    assert distilled(dmd2(Jolted), start) == ["instability"]
+    assert record("instability", "DMD2 whose fake score is thrown off in the middle", distilled(dmd2(Jolted), start)) == ["instability"]
 
 
 def test_a_saturated_discriminator(start):
     """It sees hardly noised samples of a student that does not move, which is found as well."""
     method = dmd2(gan_weight=1e-6, disc_weight=1.0, times=Uniform(0.02, 0.1), fake_times=Uniform(0.001, 0.1))
     found = distilled(method, start, {**RATES, "student": OptimRecipe(1e-7)})
-    assert found == ["wrong sign of the gradient", "discriminator saturated"]
+    assert record("discriminator saturated", "DMD2 + GAN that sees hardly noised samples of a student that does not move", found) == [
+        "wrong sign of the gradient", "discriminator saturated"]
 
 
 def test_a_target_that_collapses():
@@ -114,7 +118,8 @@ def test_a_target_that_collapses():
         torch.nn.init.normal_(network.leave.weight, std=0.3)
     speaks_x0 = Denoiser(network.eval(), Flow(), "x0", clock="t")
     method = Consistency(ConsistencyConfig(intervals=50, target_decay=0, huber=0), Setup(Flow(), (2,)))
-    assert distilled(method, speaks_x0, {"student": OptimRecipe(1e-3)}, 600) == ["consistency target collapse"]
+    found = distilled(method, speaks_x0, {"student": OptimRecipe(1e-3)}, 600)
+    assert record("consistency target collapse", "consistency without a boundary condition", found) == ["consistency target collapse"]
 
 
 class Unbounded(SwiftBrush):
@@ -125,7 +130,8 @@ class Unbounded(SwiftBrush):
 
 def test_a_run_that_diverges(start):
     method = Unbounded(SwiftBrushConfig(fake_updates=2), Setup(Flow(), (2,)))
-    assert distilled(method, start, {**RATES, "student": OptimRecipe(1e-3)}, 300) == ["diverging"]
+    found = distilled(method, start, {**RATES, "student": OptimRecipe(1e-3)}, 300)
+    assert record("diverging", "SwiftBrush that climbs", found) == ["diverging"]
 
 
 # ---- illnesses of pictures: points of toys, as two halves of a picture each
@@ -158,6 +164,8 @@ def test_modes_that_are_lost():
                               Setup(Flow(), (1,), SamplerSpec((1.0, 2 / 3, 1 / 3))))
         student = distil(method, line, begin, {"student": OptimRecipe(1e-3, schedule="cosine")}, 100, 256, lines=[]).student
         found[noise] = looks(barred(draw_student(student, method, 4096, (1,))), barred(truth))
+    record("", "ImagineFlash", found["own"])
+    record("mode loss", "Imagine Flash whose students start from fresh noise", found["fresh"])
     assert found == {"own": [], "fresh": ["mode loss"]}
 
 
@@ -169,7 +177,7 @@ def test_too_much_guidance():
                         FastDraws(0, range(2048)), (2,)) for w in (1.0, 1.25, 4.0)}
     plain, some, much = (rendered(points[w]) for w in (1.0, 1.25, 4.0))
     assert looks(some, plain) == []
-    assert looks(much, plain) == ["oversaturation"]
+    assert record("oversaturation", "an exact teacher, guidance 4", looks(much, plain)) == ["oversaturation"]
 
 
 def test_a_lattice():
@@ -180,7 +188,8 @@ def test_a_lattice():
     one = torch.zeros(64, dtype=torch.long)
     clean, woven = ((coarse + extra).clamp(0, 255).to(torch.uint8) for extra in (torch.zeros(32), lattice))
     values = against(drift(woven, one), drift(clean, one))
-    assert "grid artefacts" in illnesses([{"step": 0, **{f"look/{name}": value for name, value in values.items()}}])
+    found = illnesses([{"step": 0, **{f"look/{name}": value for name, value in values.items()}}])
+    assert "grid artefacts" in record("grid artefacts", "pictures with every fourth column brighter", found)
 
 
 # ---- whole runs
@@ -199,7 +208,8 @@ def test_weights_that_are_rounded_away(base, tmp_path, monkeypatch):
     rates = {"student": {"lr": 1e-7}, "fake": {"lr": 1e-7}}
     loop.start(tiny_recipe(base, **DATA_FREE, optim=rates, weights="bfloat16", steps=4), tmp_path / "run")
     found = examine(tmp_path / "run").findings
-    assert [finding.illness for finding in found] == ["stuck weights"]
+    names = [finding.illness for finding in found]
+    assert record("stuck weights", "DMD2 in bfloat16 at a rate of 1e-7", names) == ["stuck weights"]
     assert "weights: float32" in found[0].remedy
 
 
@@ -213,7 +223,8 @@ def test_gradients_that_are_not_finite(base, tmp_path, monkeypatch):
     monkeypatch.setattr(DMD2, "critic_loss", loss)
     loop.start(tiny_recipe(base, **DATA_FREE, steps=6, max_skips=3), tmp_path / "run")
     found = examine(tmp_path / "run")
-    assert [finding.illness for finding in found.findings] == ["diverging"]
+    names = [finding.illness for finding in found.findings]
+    assert record("diverging", "DMD2 with a gradient that is not finite", names) == ["diverging"]
     assert "1 updates in 6 steps" in found.findings[0].evidence
 
 
@@ -227,16 +238,17 @@ def trained(base, tmp_path_factory) -> Path:
 def test_a_sound_run_and_export(trained, tmp_path):
     export(trained, tmp_path / "student")
     found = examine(trained, tmp_path / "student")
+    record("", "DMD2", [finding.illness for finding in found.findings])
     assert (found.method, found.step, found.steps, found.findings, found.unseen) == ("dmd2", 20, 20, (), ())
     before = snapshot(trained)
     assert examine(trained).unseen == ("an export: name one with --export",)
     assert snapshot(trained) == before                                                       # a physician touches nothing
 
 
-@pytest.mark.parametrize("what", ["scheduler", "sampler", "index", "raw"])
+@pytest.mark.parametrize("what", ["scheduler", "sampler", "index", "weights"])
 def test_an_export_that_is_not_run_as_it_was_trained(trained, tmp_path, what):
     folder = tmp_path / "student"
-    export(trained, folder, "raw" if what == "raw" else "ema")
+    export(trained, folder, "raw" if what == "weights" else "ema")
     name = {"scheduler": "scheduler/scheduler_config.json", "sampler": "stepdistill.json", "index": "model_index.json"}.get(what)
     if name:
         values = json.loads((folder / name).read_text())
@@ -246,8 +258,9 @@ def test_an_export_that_is_not_run_as_it_was_trained(trained, tmp_path, what):
             values["sampler"]["times"] = [0.7]
         (folder / name).write_text(json.dumps(values))
     found = examine(trained, folder).findings
-    assert [finding.illness for finding in found] == ["schedule mismatch at export"]
-    told = {"sampler": "times is (0.7,)", "raw": "not their average"}
+    names = [finding.illness for finding in found]
+    assert record("schedule mismatch at export", f"an export whose {what} is another", names) == ["schedule mismatch at export"]
+    told = {"sampler": "times is (0.7,)", "weights": "not their average"}
     assert told.get(what, "its scheduler is not the one that was exported") in found[0].evidence
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import diffusers
 import torch
@@ -38,11 +38,15 @@ if TYPE_CHECKING:
 NOTES = "stepdistill.json"                              # what a diffusers folder cannot say: codec, null class, labels, licence
 NETWORKS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (UNet2DModel, DiTTransformer2DModel, ToldUNet2DModel,
                                                                      ToldDiTTransformer2DModel)}
+AT_ONCE = 16                                            # pictures that an autoencoder is given
 KINDS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 
 
 class Codec(Protocol):
     """Between pictures in [-1, 1], (B, C, H, W), and the states the network is fed."""
+
+    @property
+    def latent(self) -> bool: ...                       # whether states are something else than the pictures' own pixels
 
     def encode(self, images: Tensor) -> Tensor: ...
 
@@ -56,6 +60,7 @@ class SpaceToDepth:
     """Lossless: factor x factor pixels become channels; factor 1 is plain pixels."""
 
     factor: int = 1
+    latent: ClassVar[bool] = False
 
     def encode(self, images: Tensor) -> Tensor:
         return functional.pixel_unshuffle(images, self.factor)
@@ -72,6 +77,7 @@ class Vae:
     """Latents of an AutoencoderKL, shifted and scaled as its config says; encoding takes the mode."""
 
     model: AutoencoderKL
+    latent: ClassVar[bool] = True
 
     def encode(self, images: Tensor) -> Tensor:
         latents = self.model.encode(images.to(self.model.dtype)).latent_dist.mode().float()
@@ -136,6 +142,13 @@ class Teacher:
     def pictures(self, x0: Tensor) -> Tensor:
         """States to uint8 pictures, rounded to nearest (evaluation protocol "round")."""
         return ((self.codec.decode(x0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+    @torch.no_grad()
+    def latents(self, pictures: Tensor) -> Tensor | None:
+        """Latents (N, *shape) of uint8 pictures (N, C, H, W), on the CPU; None of a model of pixels, and of one of videos."""
+        if not self.codec.latent or len(self.shape) != 3:
+            return None
+        return torch.cat([self.codec.encode(part.to(self.device).float() / 127.5 - 1).float().cpu() for part in pictures.split(AT_ONCE)])
 
 
 def process_of(scheduler: Mapping[str, Any]) -> tuple[NoiseProcess, str, str]:

@@ -39,9 +39,13 @@ class PipelineCodec:
         """Learnt at first use: data-free methods never ask."""
         return learn_latents(self.recording, self.inputs([""]))
 
+    @property
+    def latent(self) -> bool:
+        return getattr(self.recording.driven.pipeline, "vae", None) is not None
+
     def encode(self, images: Tensor) -> Tensor:
         """States of pictures; those of a pipeline without a VAE are the pictures."""
-        if getattr(self.recording.driven.pipeline, "vae", None) is None:
+        if not self.latent:
             return images
         return self.law.encode(images, self.recording.shape)
 
@@ -68,7 +72,7 @@ class LawCodec:
         """Raises Unrecordable where that does not make the pictures that the pipeline makes of a state."""
         recording = codec.recording
         pipeline = recording.driven.pipeline
-        found = cls(None if getattr(pipeline, "vae", None) is None else codec.law, recording.shape, type(pipeline).__name__)
+        found = cls(codec.law if codec.latent else None, recording.shape, type(pipeline).__name__)
         x0 = torch.randn(1, *recording.shape, generator=torch.Generator().manual_seed(0))
         x0 = x0.to(next(recording.denoiser.network.parameters()).device)
         expected = codec.decode(x0)
@@ -80,6 +84,10 @@ class LawCodec:
         if ours.shape != expected.shape or float((ours.cpu() - expected.cpu()).abs().max()) > bound:
             raise Unrecordable("a VAE alone does not make the pictures that the pipeline makes")
         return found
+
+    @property
+    def latent(self) -> bool:
+        return self.law is not None
 
     def encode(self, images: Tensor) -> Tensor:
         return images if self.law is None else self.law.encode(images, self.shape)
@@ -121,6 +129,13 @@ class PromptTeacher(Teacher):
         if recording.keyword is None or recording.keyword == GUIDER:
             return {}
         return {recording.keyword: self.denoiser.guidance if recording.offset is None else 1.0 - recording.offset}
+
+    def latents(self, pictures: Tensor) -> Tensor | None:
+        """As of any model; None where the pipeline's tail is no law of its latents, too."""
+        try:
+            return super().latents(pictures)
+        except Unrecordable:
+            return None
 
     def condition(self, labels: Tensor) -> Conditioning:
         """Numbers of prompts (B,) int64 to a condition. Prompts of unequal length that the pipeline pads together are encoded together."""

@@ -74,24 +74,24 @@ def test_latents_scaled_and_shifted():
     teacher = latents()
     student = teacher * torch.tensor([1.0, 1.5, 1.0, 0.8])[:, None, None] + torch.tensor([0.0, 0.0, 0.2, 0.0])[:, None, None]
     made = latent_drift(student, teacher, members(300, 10))
-    assert [made[f"std_{c}"].value for c in range(4)] == pytest.approx([1, 1.5, 1, 0.8], rel=1e-5)
-    assert made["std_1"].se < 1e-6
+    assert [made[f"latent_std_{c}"].value for c in range(4)] == pytest.approx([1, 1.5, 1, 0.8], rel=1e-5)
+    assert made["latent_std_1"].se < 1e-6
     expected = (student.double().mean((0, 2, 3)) - teacher.double().mean((0, 2, 3))).tolist()
-    assert [made[f"mean_{c}"].value for c in range(4)] == pytest.approx(expected, abs=1e-9)
-    assert made["mean_2"].ci95[0] - 1e-6 < 0.2 < made["mean_2"].ci95[1] + 1e-6
+    assert [made[f"latent_mean_{c}"].value for c in range(4)] == pytest.approx(expected, abs=1e-9)
+    assert made["latent_mean_2"].ci95[0] - 1e-6 < 0.2 < made["latent_mean_2"].ci95[1] + 1e-6
 
 
 def test_latents_of_other_seeds_have_the_error_of_both():
     """The mean of 300 pictures of 36 values each, twice."""
     made = latent_drift(latents(seed=1), latents(), members(300, 25))
-    assert made["mean_1"].se == pytest.approx(2 * math.sqrt(2 / (300 * 36)), rel=0.4)
-    assert made["std_0"].ci95[0] < 1 < made["std_0"].ci95[1]
+    assert made["latent_mean_1"].se == pytest.approx(2 * math.sqrt(2 / (300 * 36)), rel=0.4)
+    assert made["latent_std_0"].ci95[0] < 1 < made["latent_std_0"].ci95[1]
     keep = members(300, 25) != 3
     a, b = latents(seed=1)[keep].double(), latents()[keep].double()
     flat = latent_drift(latents(seed=1).flatten(2)[..., 0], latents().flatten(2)[..., 0], members(300, 25))
-    assert flat["mean_0"].value == pytest.approx(float((latents(seed=1) - latents())[:, 0, 0, 0].double().mean()), abs=1e-7)
+    assert flat["latent_mean_0"].value == pytest.approx(float((latents(seed=1) - latents())[:, 0, 0, 0].double().mean()), abs=1e-7)
     alone = latent_drift(a, b, members(300, 25)[keep] - (members(300, 25)[keep] > 3).long())
-    assert alone["std_2"].value == pytest.approx(float(a[:, 2].std() / b[:, 2].std()), rel=1e-9)
+    assert alone["latent_std_2"].value == pytest.approx(float(a[:, 2].std() / b[:, 2].std()), rel=1e-9)
 
 
 def test_wrong_input_is_refused():

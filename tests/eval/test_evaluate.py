@@ -119,6 +119,22 @@ def test_a_model_is_scored_first_where_its_result_is_not_there(world: Path, taug
 # ------------------------------------------------------------------------------------------------------------------ prompts and folders
 
 
+def test_latents_drift_from_the_teachers(world: Path, prompted: Path, tmp_path: Path) -> None:
+    """Of a model of latents; those of pixels have none."""
+    to = tmp_path / "s.json"
+    asked = [*TAUGHT, "--guidance", "1", "--prompts", world / "p.txt", "--against", prompted, "--to", to]
+    assert ask("eval", world / "sd", *asked) == 0
+    drifts = score.read_result(to)["teacher"]["drift"]
+    opened = open_model(str(world / "sd"), 2, 1.0, prompts=(world / "p.txt").read_text().splitlines())
+    mine, its = (opened.teacher.latents(load_file(path.with_name(f"{path.stem}.samples.safetensors"))["images"]) for path in (to, prompted))
+    assert mine is not None
+    assert its is not None
+    for c in range(4):
+        assert drifts[f"latent_mean_{c}"]["value"] == pytest.approx(float(mine[:, c].double().mean() - its[:, c].double().mean()), abs=1e-6)
+        assert drifts[f"latent_std_{c}"]["value"] == pytest.approx(float(mine[:, c].double().std() / its[:, c].double().std()), rel=1e-5)
+    assert drifts["latent_std_0"]["value"] != pytest.approx(1, abs=1e-3)
+
+
 def test_a_pipeline_is_scored_on_prompts(world: Path, prompted: Path) -> None:
     result = score.read_result(prompted)
     assert (result["protocol"]["prompts"], result["protocol"]["labels"], result["protocol"]["classes"]) == (6, "prompt i mod 6", 0)

@@ -107,12 +107,14 @@ def test_a_signal_saves_and_the_run_goes_on(base: Path, tmp_path: Path, monkeypa
     assert checkpoint.listed(out / loop.CHECKPOINTS)[-1].name == "step-00000003"
     assert f"stopped by {number.name} after step 3" in capfd.readouterr().err
     assert signal.getsignal(number) is before
+    kept = checkpoint.read(checkpoint.listed(out / loop.CHECKPOINTS)[-1])[1]["seconds"]      # before this checkpoint was written
+    assert 0 < kept <= stopped.seconds
     assert loop.resume(out).finished
     assert unequal(final_tensors(out), final_tensors(base / method)) == []
     assert without_seconds(out) == without_seconds(base / method)
     seconds = [line["seconds"] for line in log_lines(out)]
     assert seconds == sorted(seconds)                                        # of both sittings together
-    assert seconds[-1] > stopped.seconds
+    assert seconds[-1] > kept
 
 
 def test_a_second_signal_interrupts_at_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

