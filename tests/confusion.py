@@ -21,10 +21,10 @@ def write(path: Path) -> None:
     healthy = Counter(where for made, where, _ in SEEN if not made)
     alarmed = Counter(where for made, where, found in SEEN if not made and found)
     rows = [f"| {made} | {where} | {', '.join(found) or 'nothing'} |" for made, where, found in sorted(SEEN) if made]
-    path.write_text("\n".join([
-        "# What `stepdistill diagnose` finds", "", "Made by the command in `tests/confusion.py`; the rules are in `stepdistill/diagnose.py`.", "",
-        "## Illnesses made on purpose", "", "| made | how | found |", "|:--|:--|:--|", *rows, "", "## Healthy toys", "",
-        "Distillations of exact teachers, which are Gaussian mixtures.", "",
-        "| method | runs | with an alarm |", "|:--|--:|--:|", *(f"| {name} | {n} | {alarmed[name]} |" for name, n in sorted(healthy.items())),
-        f"| all | {healthy.total()} | {alarmed.total()} |"]) + "\n")
+    lines = ["# What `stepdistill diagnose` finds", "", "Made by the command in `tests/confusion.py`.", "",
+             "## Illnesses made on purpose", "", "| made | how | found |", "|:--|:--|:--|", *rows, "", "## Healthy toys", "",
+             "Distillations of exact teachers, which are Gaussian mixtures.", "", "| method | runs | with an alarm |", "|:--|--:|--:|",
+             *(f"| {name} | {n} | {alarmed[name]} |" for name, n in sorted(healthy.items())),
+             f"| all | {healthy.total()} | {alarmed.total()} |"]
+    path.write_text("\n".join(lines) + "\n")
     path.with_suffix(".json").write_text(json.dumps([{"made": m, "where": w, "found": f} for m, w, f in SEEN], indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""The commands, by families; each is a few lines over the library. `stepdistill.cli` puts them together."""
