@@ -269,6 +269,10 @@ def load_pipeline(path: str | Path, *, device: torch.device | str = "cpu", dtype
     lent = {name: part for name, part in worlds.shared(folder).items() if name in entries and name not in left_out}
     for name, entry in entries.items():
         if name not in left_out and name not in lent and not (folder / name).is_dir():
+            if worlds.shared(folder):
+                told = read_json(folder / NOTES)["command"]
+                raise FileNotFoundError(f"this installation has no weights of the teacher in {folder}: train one with `{told}`, and copy "
+                                        "what that writes there")
             raise FileNotFoundError(f"{folder} lacks its component {name!r}: model_index.json names {entry[1]}, and there is no {name}/")
     config = config_of(quantize, device) if quantize else None
     packed = {name: config for name in entries if name in (network_among(entries), f"{network_among(entries)}_2")} if config else {}

@@ -283,7 +283,7 @@ def test_sampling_the_teacher(name: str, tmp_path: Path, capfd: pytest.CaptureFi
 # ---- what may be missing
 
 @pytest.mark.parametrize(("missing", "words"), [
-    ("emoji/sd/unet", "lacks its component 'unet'"), ("emoji/vae", "no autoencoder of the emoji world"),
+    ("emoji/sd/unet", "no weights of the teacher in"), ("emoji/vae", "no autoencoder of the emoji world"),
     ("emoji/vae/diffusion_pytorch_model.safetensors", "holds no diffusion_pytorch_model"),
     ("minilm", f"{text.ENVIRONMENT} names"), ("minilm/model.safetensors", "model.safetensors")])
 def test_a_missing_part_is_one_line(missing: str, words: str, copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
