@@ -1,4 +1,4 @@
-"""After a training: export, evaluate and compare with the teacher's stored scores, in one process.
+"""After a training in a shipped world: export, evaluate and compare with the teacher's stored scores, in one process.
 
     python scripts/quickstart_report.py RUN [--count 2000]
 """
@@ -11,21 +11,32 @@ from typing import Annotated
 
 import typer
 
+from stepdistill import recipe, worlds
 from stepdistill.eval.evaluate import evaluate
 from stepdistill.eval.report import compare
 from stepdistill.export import add_results, export
-from stepdistill.worlds import stored_results
+from stepdistill.training.loop import RECIPE
 
 
-def main(run: Path, count: Annotated[int, typer.Option(help="pictures; the teacher's scores are stored for 2000")] = 2000) -> None:
-    """Export RUN to RUN/student, score it, and write RUN/report: beside the teacher's stored scores, with the run's curves."""
-    student, result, report = run / "student", run / "results" / "student.json", run / "report"
+def main(run: Path, count: Annotated[int | None, typer.Option(help="pictures; default: the fewest that a score of the teacher is stored "
+                                                                   "for")] = None) -> None:
+    """Export RUN to RUN/student, score it in as many calls as it was trained for and in 2 and 1, and write RUN/report: beside the teacher's
+    stored scores, with the run's curves."""
+    chosen, student, report = recipe.load(run / RECIPE), run / "student", run / "report"
+    name, world = chosen.teacher.path.partition("/")[0], worlds.world_of(chosen.teacher.path)
+    if world is None or world.protocol is None:
+        raise typer.BadParameter(f"the teacher of {run} has no stored scores: use `stepdistill export` and `stepdistill eval`")
+    stored = {path: json.loads(path.read_text())["protocol"]["count"] for path in worlds.stored_results(name)}
+    count = count or min(stored.values())
     if not student.exists():
         export(run, student)
-    evaluate(str(student), "fashion", count, result)
-    teachers = [path for path in stored_results("fashion") if json.loads(path.read_text())["protocol"]["count"] == count]
-    compare([*teachers, result], report, [run])
-    add_results(student, [*teachers, result])
+    steps, results = chosen.student.steps, []
+    for n in (steps, *(fewer for fewer in (2, 1) if fewer < steps)):
+        results.append(run / "results" / f"student_{n}.json")
+        evaluate(str(student), world.protocol, count, results[-1], steps=None if n == steps else n)
+    shown = [*(path for path, pictures in stored.items() if pictures == count), *results]
+    compare(shown, report, [run])
+    add_results(student, shown)
     print(f"\npictures and scores: {report / 'report.html'}, {report / 'report.md'}, {report / 'samples.png'}\n"
           f"the student: {student} (its README.md shows how to load it)")
 

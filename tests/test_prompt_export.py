@@ -553,14 +553,25 @@ def test_prompts_that_are_padded_together_are_sampled_alone(taught: Mapping[str,
     assert Opened("x", replace(model, bank=None), TWO, False, 2).most_at_once == 1
 
 
+def test_figures_in_the_card(student: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(student, tmp_path / "s"))
+    assert "has not been evaluated" in (copy / "README.md").read_text()
+    sampler = {**notes(copy)["sampler"], "times": [1.0]}
+    (tmp_path / "r.json").write_text(json.dumps({
+        "protocol": {"name": "emoji"}, "protocol_hash": "0123abcd", "model": {"name": "s", "sha256": notes(copy)["weights_sha256"]},
+        "sampler": sampler, "metrics": {"clip_emoji_cos": {"value": 0.61, "se": 0.02}}}))
+    add_results(copy, [tmp_path / "r.json"])
+    text = (copy / "README.md").read_text()
+    assert "| this student | 1 step | 0.61 ± 0.02 |" in text
+    assert "has not been evaluated" not in text
+
+
 def test_a_damaged_export_is_named(student: Path, tmp_path: Path) -> None:
     shutil.copytree(student, tmp_path / "s")
     weights = tmp_path / "s" / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(ValueError, match="damaged or were replaced"):
         load_student(tmp_path / "s", prompts=PROMPTS)
-    with pytest.raises(ValueError, match="holds no figures yet"):
-        add_results(tmp_path / "s", [])
     (tmp_path / "s" / "stepdistill.json").write_text(json.dumps({k: v for k, v in notes(tmp_path / "s").items() if k != "schedule"}))
     with pytest.raises(ValueError, match="it lacks schedule"):
         load_student(tmp_path / "s", prompts=PROMPTS)

@@ -71,7 +71,6 @@ WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
 OWN_SCHEDULER, STOCK_SCHEDULER = "few_step_scheduler", "stock_scheduler"
 SHARED_NOTES = {"sampler", "method", "teacher", "step", "ema"}
 MOST = 4                                                                         # networks in the pipeline of a class-conditional student
-NO_FIGURES = "is a pipeline with prompts, whose model card holds no figures yet"
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,7 @@ def export(run: Path, to: Path, weights: Literal["ema", "raw"] = "ema", *, dtype
         raise ValueError("share is the run's part of a merge: name the other run with --merge")
     recipe, spec = student.recipe, student.spec
     if is_prompted(recipe.teacher.folder):
-        if results:
-            raise ValueError(f"{student.run} {NO_FIGURES}: export it without results")
-        return _export_pipeline(student, to, getattr(torch, dtype), lora_rank)
+        return _export_pipeline(student, to, getattr(torch, dtype), lora_rank, results)
     if lora_rank is not None:
         raise ValueError(f"--lora-rank is for students of a pipeline that diffusers loads adapters into; {recipe.teacher.path} is none")
     teacher = load_teacher(recipe.teacher.path)
@@ -161,7 +158,7 @@ def _exported(to: Path, student: Student, sha: str, fit: loras.Fit | None = None
     return Exported(str(to), student.step, student.recipe.steps, student.ema, sha, fit, _trained(student)["merged"])
 
 
-def _export_pipeline(student: Student, to: Path, dtype: torch.dtype, rank: int | None) -> Exported:
+def _export_pipeline(student: Student, to: Path, dtype: torch.dtype, rank: int | None, results: Sequence[Path]) -> Exported:
     """The teacher's own pipeline with the student's weights and a scheduler that runs them."""
     recipe, spec, merge = student.recipe, student.spec, student.merge
     source = recipe.teacher.folder
@@ -224,7 +221,7 @@ def _export_pipeline(student: Student, to: Path, dtype: torch.dtype, rank: int |
         for legal in sorted(source.glob("LICENSE*")):
             shutil.copy(legal, folder)
         _record(folder, student, notes)
-        (folder / CARD).write_text(pipeline_card(to.name, notes, recipe))
+        (folder / CARD).write_text(pipeline_card(to.name, notes, recipe, results))
     return _exported(to, student, notes["weights_sha256"], fit)
 
 
@@ -365,11 +362,10 @@ def add_results(folder: Path, results: Sequence[Path]) -> None:
     """Write the model card again with these figures instead of those it had."""
     folder = Path(folder).expanduser().resolve()
     notes = read_notes(folder)
-    if is_prompted(folder):
-        raise ValueError(f"{folder} {NO_FIGURES}")
     if not (folder / RECIPE).is_file():
         raise FileNotFoundError(f"{folder} has no {RECIPE}: export the student again")
-    checkpoint.write_atomically(folder / CARD, card(folder.name, notes, recipes.load(folder / RECIPE), results))
+    made = pipeline_card if is_prompted(folder) else card
+    checkpoint.write_atomically(folder / CARD, made(folder.name, notes, recipes.load(folder / RECIPE), results))
 
 
 def sha256(path: Path) -> str:

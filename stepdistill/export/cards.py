@@ -26,19 +26,8 @@ TEMPLATE = """\
 
 A **{{ calls }}-step**{{ " class-conditional" if notes.classes }} image model: a student of `{{ teacher }}`, distilled with
 [{{ method.title }}](https://arxiv.org/abs/{{ method.arxiv }}) by stepdistill.
-{% if merged %}
-
-Its weights are {{ "%g" % merged.share }} times that student's plus {{ "%g" % (1 - merged.share) }} times those of another student of the
-same teacher, distilled with [{{ merged.title }}](https://arxiv.org/abs/{{ merged.arxiv }}).
-{% endif %}
-{% if notes.get("best") %}
-
-**Chosen:** step {{ notes.step }} of {{ recipe.steps }}, which had the smallest distance ({{ recipe.exam.best }}) on {{ recipe.exam.count }}
-pictures while training. That distance is no evidence: score the student on other seeds.
-{% elif notes.step < recipe.steps %}
-
-**Unfinished:** exported after step {{ notes.step }} of {{ recipe.steps }}.
-{% endif %}
+{% include "merged" %}
+{% include "chosen" %}
 
 Pictures of {{ notes.picture[2] }}x{{ notes.picture[1] }} pixels, {{ notes.picture[0] }} channel{{ "s" if notes.picture[0] > 1 }}.
 {% if notes.classes %}
@@ -81,24 +70,7 @@ told guidance {{ sampler.guidance }}; `guidance_scale` takes any other that it w
 guidance {{ sampler.guidance }}{{ " (none: it is built in)" if sampler.guidance == 1 }}.
 {% endif %}
 
-## Figures
-
-{% for table in tables %}
-Protocol `{{ table.protocol }}` (hash `{{ table.hash }}`), value ± standard error:
-
-| model | sampler |{% for m in table.metrics %} {{ m }} |{% endfor %}
-
-|---|---|{% for m in table.metrics %}---|{% endfor %}
-
-{% for row in table.rows %}
-| {{ row.name }} | {{ row.sampler }} |{% for m in table.metrics %} {{ row.figures.get(m, "-") }} |{% endfor %}
-
-{% endfor %}
-
-{% else %}
-None: this student has not been evaluated for this card.
-
-{% endfor %}
+{% include "figures" %}
 ## How it was made
 
 | | |
@@ -145,19 +117,8 @@ PIPELINE_TEMPLATE = """\
 
 A **{{ calls }}-step** student of `{{ notes.teacher }}` (`{{ notes.pipeline }}`), distilled with
 [{{ method.title }}](https://arxiv.org/abs/{{ method.arxiv }}) by stepdistill.
-{% if merged %}
-
-Its weights are {{ "%g" % merged.share }} times that student's plus {{ "%g" % (1 - merged.share) }} times those of another student of the
-same teacher, distilled with [{{ merged.title }}](https://arxiv.org/abs/{{ merged.arxiv }}).
-{% endif %}
-{% if notes.get("best") %}
-
-**Chosen:** step {{ notes.step }} of {{ recipe.steps }}, which had the smallest distance ({{ recipe.exam.best }}) on {{ recipe.exam.count }}
-pictures while training. That distance is no evidence: score the student on other seeds.
-{% elif notes.step < recipe.steps %}
-
-**Unfinished:** exported after step {{ notes.step }} of {{ recipe.steps }}.
-{% endif %}
+{% include "merged" %}
+{% include "chosen" %}
 
 ## Use
 
@@ -227,6 +188,7 @@ The weights in this folder have it merged in.
 `stepdistill.json` holds a `dmd2_config`; copied into `model_index.json` it is what vLLM-Omni's DMD2 pipelines read there.
 {% endif %}
 
+{% include "figures" %}
 ## How it was made
 
 `recipe.yaml` is the whole recipe: step {{ notes.step }} of {{ recipe.steps }}, {{ "moving average" if notes.ema else "last weights" }},
@@ -248,27 +210,73 @@ which differ from that base by its rounding.
 """
 
 
-def pipeline_card(name: str, notes: Mapping[str, Any], recipe: Recipe) -> str:
-    """The model card of a student that is a whole pipeline of its teacher's class."""
+PARTS = {                                               # of both templates
+    "merged": """\
+{% if merged %}
+
+Its weights are {{ "%g" % merged.share }} times that student's plus {{ "%g" % (1 - merged.share) }} times those of another student of the
+same teacher, distilled with [{{ merged.title }}](https://arxiv.org/abs/{{ merged.arxiv }}).
+{% endif %}
+""",
+    "chosen": """\
+{% if notes.get("best") %}
+
+**Chosen:** step {{ notes.step }} of {{ recipe.steps }}, which had the smallest distance ({{ recipe.exam.best }}) on {{ recipe.exam.count }}
+pictures while training. That distance is no evidence: score the student on other seeds.
+{% elif notes.step < recipe.steps %}
+
+**Unfinished:** exported after step {{ notes.step }} of {{ recipe.steps }}.
+{% endif %}
+""",
+    "figures": """\
+## Figures
+
+{% for table in tables %}
+Protocol `{{ table.protocol }}` (hash `{{ table.hash }}`), value ± standard error:
+
+| model | sampler |{% for m in table.metrics %} {{ m }} |{% endfor %}
+
+|---|---|{% for m in table.metrics %}---|{% endfor %}
+
+{% for row in table.rows %}
+| {{ row.name }} | {{ row.sampler }} |{% for m in table.metrics %} {{ row.figures.get(m, "-") }} |{% endfor %}
+
+{% endfor %}
+
+{% else %}
+None: this student has not been evaluated for this card.
+
+{% endfor %}
+""",
+}
+
+
+def _filled(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(loader=jinja2.DictLoader(PARTS), undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(template).render(**values)
+
+
+def pipeline_card(name: str, notes: Mapping[str, Any], recipe: Recipe, results: Sequence[Path] = ()) -> str:
+    """The model card of a student that is a whole pipeline of its teacher's class, with figures as in `card`."""
     plan, sampler = notes["schedule"], notes["sampler"]
     keywords = lambda values: ", ".join(f"{k}={v!r}" for k, v in values.items())                                # noqa: E731
     numbers = lambda values: ", ".join(f"{v:.5g}" for v in values)                                              # noqa: E731
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return environment.from_string(PIPELINE_TEMPLATE).render(
-        name=name, path=json.dumps(f"./{name}"), notes=notes, recipe=recipe, method=find(notes["method"]), plan=plan,
+    return _filled(
+        PIPELINE_TEMPLATE, name=name, path=json.dumps(f"./{name}"), notes=notes, recipe=recipe, method=find(notes["method"]), plan=plan,
         calls=len(sampler["times"]), fresh=len(sampler["times"]) > 1 and sampler["renoise"] > 0, times=numbers(plan["timesteps"]),
         sigmas=numbers(plan["sigmas"]), example='prompt="a photograph of a red apple"', arguments=keywords(notes["call"]),
         stock_arguments=keywords({k: v for k, v in (plan["stock_call"] or {}).items() if k != "scheduler"}),
-        front=yaml.safe_dump(_front(notes), sort_keys=False, allow_unicode=True), merged=_merged(notes), **_told(notes, recipe))
+        front=yaml.safe_dump(_front(notes), sort_keys=False, allow_unicode=True), merged=_merged(notes),
+        tables=_tables(results, notes["weights_sha256"]), **_told(notes, recipe))
 
 
 def card(name: str, notes: Mapping[str, Any], recipe: Recipe, results: Sequence[Path] = ()) -> str:
     """The model card, with one table of figures for each protocol among the result files."""
     sampler, method = notes["sampler"], find(notes["method"])
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return environment.from_string(TEMPLATE).render(
-        name=name, path=json.dumps(f"./{name}"), notes=notes, recipe=recipe, sampler=sampler, method=method, calls=len(sampler["times"]),
-        times=", ".join(f"t = {t:.4g}" for t in sampler["times"]), teacher=Path(notes["teacher"]).name,
+    return _filled(
+        TEMPLATE, name=name, path=json.dumps(f"./{name}"), notes=notes, recipe=recipe, sampler=sampler, method=method,
+        calls=len(sampler["times"]), times=", ".join(f"t = {t:.4g}" for t in sampler["times"]), teacher=Path(notes["teacher"]).name,
         example=(list(notes["labels"]) or [None])[:2], front=yaml.safe_dump(_front(notes), sort_keys=False, allow_unicode=True),
         tables=_tables(results, notes["unet_sha256"]), merged=_merged(notes), **_told(notes, recipe))
 
