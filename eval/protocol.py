@@ -249,7 +249,7 @@ def _emoji(held_out: bool, count: int) -> World:
 
 PROTOCOLS: dict[str, World] = {
     "fashion": World(fashion, lambda: {"fashion": fashion_reference()}),
-    "emoji": _emoji(held_out=False, count=3400), "emoji-held-out": _emoji(held_out=True, count=380),
+    "emoji": _emoji(held_out=False, count=3400), "emoji-held-out": _emoji(held_out=True, count=360),
 }
 
 

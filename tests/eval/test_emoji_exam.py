@@ -39,10 +39,10 @@ def exam() -> cards.Exam:
 
 def test_the_pictures_of_a_name_share_a_group(exam: cards.Exam) -> None:
     protocol = exam.protocol
-    assert (protocol.prompts, protocol.count, protocol.variety) == (190, 380, (190, 2))
+    assert (protocol.prompts, protocol.count, protocol.variety) == (180, 360, (180, 2))
     assert protocol.prompts % protocol.groups == 0
-    assert len(exam.prompts) == 190
-    half = cards.ready("emoji-held-out", 190).protocol
+    assert len(exam.prompts) == 180
+    half = cards.ready("emoji-held-out", 180).protocol
     assert (half.prompts, half.variety) == (90, (90, 2))
     assert half.hash != protocol.hash == cards.ready("emoji-held-out").protocol.hash != cards.ready("emoji-held-out", seed=1).protocol.hash
     with pytest.raises(ValueError, match="at least 40 pictures"):
@@ -57,8 +57,8 @@ def test_names_are_apart_and_the_first_ones_are_of_all_kinds() -> None:
 
 
 def test_real_pictures_pass_and_spoilt_ones_do_not(exam: cards.Exam) -> None:
-    real = data.pictures(emoji.shown(True)[:190], quiet=True).repeat(2, 1, 1, 1)
-    labels = torch.arange(380) % 190
+    real = data.pictures(emoji.shown(True)[:180], quiet=True).repeat(2, 1, 1, 1)
+    labels = torch.arange(360) % 180
     marks = score.score(real, labels, exam.protocol, exam.real, prompts=exam.prompts).metrics
     assert list(marks) == list(emoji.MEASURES)
     assert marks["precision_emoji"].value == 1
