@@ -156,7 +156,22 @@ def ready(name: str, count: int | None = None, seed: int = 0, brought: Brought =
     if card.reference_count not in (0, found.count):
         raise ValueError(f"{path} was made of {found.count:,} pictures, and the reference of {name!r} has {card.reference_count:,}: "
                          f"{card.reference}")
-    return Exam(replace(drafted, reference_sha256=found.sha256), found.real, texts)
+    return Exam(replace(drafted, reference_sha256=found.sha256, set_reference=set_reference(card, drafted, found)), found.real, texts)
+
+
+def set_reference(card: Card, protocol: Protocol, found: references.Stored) -> str:
+    """How many real pictures kernels and neighbours look at, in words: the card's number where the reference kept as many as it could of
+    them, or where no measure looks at any; else what it kept."""
+    kept = {key: number for key, number in references.kept(found).items() if key in references.set_keys(protocol)}
+    if all(number == min(found.count, card.set_count) for number in kept.values()):
+        return _evenly(card.set_count)
+    if len(set(kept.values())) == 1:
+        return _evenly(*set(kept.values()))
+    return ", ".join(f"{_evenly(number)} of {key}" for key, number in sorted(kept.items()))
+
+
+def _evenly(number: int) -> str:
+    return f"{number:,} evenly spaced ones"
 
 
 def make_reference(name: str, source: Path, to: Path | None = None, *, set_from: Path | None = None, keep: int | None = None,
@@ -211,7 +226,7 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
         name=card.name, dataset=card.dataset, reference=card.tag, reference_sha256="", count=count, seed=seed, resolution=card.resolution,
         labels=f"prompt i mod {len(prompts)}" if prompts else f"i mod {turns}", classes=classes, extractor=first,
         extractor_sha256=digest_of(first), metrics=names, groups=groups_of(card.name, count, classes), quantise="round", batch_size=BATCH,
-        precision=PRECISION, frechet_reference="all its pictures", set_reference=f"{card.set_count:,} evenly spaced ones", neighbours=3,
+        precision=PRECISION, frechet_reference="all its pictures", set_reference=_evenly(card.set_count), neighbours=3,
         recall_sets=5, measures=tuple(asked), further_extractors=tuple((each, digest_of(each)) for each in others), crop=card.crop,
         metric_size=card.metric_size, prompts=len(prompts), prompts_sha256=_digest(prompts) if prompts else "",
         variety=variety if any(m.kind in ("variety", "vendi", "lpips") for m in asked) else (0, 0))
