@@ -67,12 +67,11 @@ class Row:
 
     def features(self) -> dict[str, Tensor] | None:
         """What the result kept beside it: features (N, d), labels (N,), and where a classifier answered `predicted` (N,)."""
-        return score.read_tensors(score.features_path(self.path, self.result["protocol"]["extractor"]), self.result)
+        return score.read_features(self.path, self.result)
 
     def pictures(self) -> Tensor | None:
         """Its first pictures, uint8 (n, C, H, W)."""
-        tensors = score.read_tensors(self.path.with_name(self.result["samples"]), self.result) if self.result["samples"] else None
-        return None if tensors is None else tensors["images"]
+        return score.read_samples(self.path.with_name(self.result["samples"]), self.result) if self.result["samples"] else None
 
 
 def compare(results: list[Path], to: Path, runs: Sequence[Path] = ()) -> dict[str, Any]:

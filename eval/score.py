@@ -224,8 +224,31 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def read_tensors(path: Path, result: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """One of a result's companion files, or None where it is not there; ValueError for a damaged one or another protocol's."""
+def read_features(path: Path, result: Mapping[str, Any], key: str | None = None) -> dict[str, Tensor] | None:
+    """What the result at `path` keeps of an extractor or a `Measure.key`: features (N, d), and of the first extractor, which is meant where
+    none is named, labels (N,), predicted (N,) of a classifier, and what pairs results. None and errors as `read_tensors`."""
+    protocol = Protocol.from_dict(result["protocol"])
+    first, place = key in (None, protocol.extractor), features_path(path, key or protocol.extractor)
+    kept = read_tensors(place, result, dict.fromkeys(("features", "labels") if first else ("features",), protocol.count))
+    if kept is not None and first:
+        pairs = measures.rows_kept(protocol)
+        before = protocol.name == "fashion" and not set(pairs) & set(kept)       # results of before they kept them
+        _refuse_damaged(place, kept, ({} if before else pairs) | ({"predicted": protocol.count} if "predicted" in kept else {}))
+    return kept
+
+
+def read_samples(place: Path, result: Mapping[str, Any]) -> Tensor | None:
+    """A result's first pictures, uint8 (n, C, H, W), which it keeps at `place`. None and errors as `read_tensors`."""
+    kept = read_tensors(place, result, {"images": None})
+    return None if kept is None else kept["images"]
+
+
+def read_tensors(path: Path, result: Mapping[str, Any], rows: Mapping[str, int | None]) -> dict[str, Tensor] | None:
+    """One of a result's companion files, or None where it is not there.
+
+    `rows` names the tensors that it must hold, and how many rows each has (None: some). Raises ValueError for a damaged file, which one
+    that lacks any of them is, or for one of another protocol.
+    """
     if not path.is_file():
         return None
     try:
@@ -233,6 +256,16 @@ def read_tensors(path: Path, result: Mapping[str, Any]) -> dict[str, Tensor] | N
             stated = (file.metadata() or {}).get("protocol_hash")
         if stated != result["protocol_hash"]:
             raise ValueError(f"{path} belongs to protocol {stated}, its result to {result['protocol_hash']}: score the model again")
-        return load_file(path)
+        kept = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): score the model again") from error
+    _refuse_damaged(path, kept, rows)
+    return kept
+
+
+def _refuse_damaged(path: Path, kept: Mapping[str, Tensor], rows: Mapping[str, int | None]) -> None:
+    for name, wanted in rows.items():
+        found = len(kept[name]) if name in kept and kept[name].ndim else 0
+        if not found or found != (wanted or found):
+            told = f"{found} rows of {name} in the place of {wanted}" if found else f"it lacks {name}"
+            raise ValueError(f"{path} is damaged ({told}): score the model again")

@@ -43,9 +43,7 @@ class Light:
         if result["protocol_hash"] != protocol.hash:
             told = told_apart(result["protocol"], protocol)
             raise ValueError(f"{path} was scored under another protocol ({told}): score both under one")
-        samples = score.read_tensors(score.samples_path(path), result)
-        return cls(path, result, protocol, score.read_tensors(score.features_path(path, protocol.extractor), result),
-                   None if samples is None else samples["images"])
+        return cls(path, result, protocol, score.read_features(path, result), score.read_samples(score.samples_path(path), result))
 
     def beside(self, scored: score.Scored, first: Tensor, encode: Callable[[Tensor], Tensor | None] | None = None) -> dict[str, Any]:
         """The block `teacher` of a student's result: the teacher's own metrics; `cos`, of paired features; `ratio` of what is told per

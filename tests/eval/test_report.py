@@ -41,7 +41,7 @@ def test_differences_are_paired(made, tmp_path, reference):
         assert block["delta"] == pytest.approx(single[name]["value"] - first["metrics"][name]["value"])
         assert block["ci95"][0] < block["corrected"] < block["ci95"][1]
     # equal covariances: the distance grows by the squared shift, and by twice the shift times the offset of the means
-    rows = score.read_tensors(score.features_path(paths[0], "fashion"), score.read_result(paths[0]))["features"].double()
+    rows = score.read_features(paths[0], score.read_result(paths[0]))["features"].double()
     offset = float((rows.mean(0) - reference.train.mean).sum())
     assert delta["frechet_fashion"]["delta"] == pytest.approx(2 * 0.1 * offset + 64 * 0.1**2, rel=1e-3)
     assert delta["frechet_fashion"]["se"] < single["frechet_fashion"]["se"]
