@@ -24,6 +24,7 @@ from stepdistill.eval.generate import balanced, fill
 from stepdistill.eval.models import Opened, is_model, open_model
 from stepdistill.eval.parts import Parts, Taken
 from stepdistill.eval.pictures import Pictures
+from stepdistill.eval.precision import exact
 from stepdistill.eval.protocol import Protocol, Real, hash_of
 from stepdistill.models.load import is_prompted, read_json
 
@@ -114,13 +115,15 @@ class Sitting:
         scored = score.score(seen, torch.arange(protocol.count) % protocol.turns, protocol, self.exam.real, prompts=self.exam.prompts,
                              device=self.device)
         first = first[: score.sampled(first)]
+        with exact():                                                            # as pictures were made and judged
+            env = score.environment(self.device)
         blocks = {"asked": self.asked} | ({} if self.real is None else {"memory": memory.told(scored.features, *self.real)})
         if self.exam.groups:
             blocks["groups"] = {name: {group: estimate.to_dict() for group, estimate in told.items()}
                                 for name, told in measures.by_group(scored.pairs, protocol, self.exam.groups).items()}
         score.write_result(
-            self.to, protocol, scored, model=described, sampler=sampler, images=first, speed=speed, env=score.environment(self.device),
-            started=self.started, seconds=round(time.monotonic() - self.began, 1), blocks=blocks,
+            self.to, protocol, scored, model=described, sampler=sampler, images=first, speed=speed, env=env, started=self.started,
+            seconds=round(time.monotonic() - self.began, 1), blocks=blocks,
             teacher=None if self.light is None else self.light.beside(scored, first, self.encode))
 
 

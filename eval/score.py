@@ -63,7 +63,7 @@ def score(images: Tensor | Pictures, labels: Tensor, protocol: Protocol, referen
     plan, judges = protocol.plan, _judges(protocol, device)
     texts = {name: embed(judges[name], prompts, protocol.batch_size)
              for name in dict.fromkeys(m.extractor for m in plan.values() if m.kind == "clip")}
-    distance = diversity.load_lpips() if diversity.JUDGE in protocol.extractors else None
+    distance = diversity.load_lpips(device) if diversity.JUDGE in protocol.extractors else None
     answers = look(seen, protocol, judges)
     found: dict[str, Found] = {}
     for name, measure in plan.items():
@@ -121,14 +121,15 @@ def _joined(answers: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Te
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Versions, device, threads, and the commit where the code runs from a git checkout (None elsewhere)."""
+    """Versions, device, threads, whether TF32 is on now, and the commit where the code runs from a git checkout (None elsewhere)."""
     packages = ("stepdistill", "torch", "diffusers", "safetensors")
     device = torch.device(device)
     return {
         "python": platform.python_version(), "platform": platform.platform(),
         **{name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(), "device_type": device.type,
-        "threads": torch.get_num_threads(), "tf32": torch.backends.cuda.matmul.allow_tf32, "commit": _commit(),
+        "threads": torch.get_num_threads(), "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_cudnn": torch.backends.cudnn.allow_tf32, "commit": _commit(),
     }
 
 

@@ -63,7 +63,7 @@ def tiny(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         made = TinyClip if name in extractors.TEXT_IMAGE else TinyClassifier if name.startswith("inception") else Tiny
         monkeypatch.setitem(extractors.EXTRACTORS, name, made)
     monkeypatch.setattr(weights, "tokenizer", lambda name: None)
-    monkeypatch.setattr(diversity, "load_lpips", lambda: lambda a, b: (a - b).square().mean((1, 2, 3)))
+    monkeypatch.setattr(diversity, "load_lpips", lambda *device: lambda a, b: (a - b).square().mean((1, 2, 3)))
     monkeypatch.setattr(weights, "network", lambda name: (None, f"digest of {name}"))
     return place
 
