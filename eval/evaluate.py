@@ -142,7 +142,7 @@ def _refuse_without_prompts(model: str, card: Card | None, prompts: Sequence[str
 def _refuse_for_pictures(model: str, card: Card | None, brought: Brought, **sampling: Any) -> None:
     if given := [name for name, value in sampling.items() if value is not None]:
         raise ValueError(f"{model} is a folder of pictures, which are made already: leave --{given[0]} out")
-    if _ranks() > 1:
+    if ranks() > 1:
         raise ValueError(f"{model} is a folder of pictures, which one process scores alone: run eval without torchrun")
     if card is cards.TEACHER and brought.reference is None:
         raise ValueError(f"{model} is a folder of pictures: say whose teacher's pictures they are held against, with --against")
@@ -152,7 +152,7 @@ def _teacher(against: str | None, protocol_name: str, count: int | None, to: Pat
     """The result of the teacher that a model is told against, made first where a model was named."""
     if against is None or against.endswith(".json"):
         return None if against is None else Path(against)
-    other = to.with_name(f"{to.stem}.teacher.json")
+    other = teachers.made_beside(to)
     evaluate(against, protocol_name, count, other, **options)
     return other
 
@@ -216,14 +216,14 @@ def _sized(seen: Pictures, protocol: Protocol, whose: str) -> None:
                          f"{width}x{height}")
 
 
-def _ranks() -> int:
+def ranks() -> int:
     """Processes of this launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _meet() -> None:
     """Wait until every process of a `torchrun` has come as far."""
-    if _ranks() > 1:
+    if ranks() > 1:
         if not distributed.is_initialized():
             distributed.init_process_group("gloo")
         distributed.barrier()

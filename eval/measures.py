@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -256,3 +256,8 @@ def rows_kept(protocol: Protocol) -> dict[str, int]:
             prompts = min(protocol.turns, protocol.count) if measure.kind == "clip" else protocol.variety[0]
             rows[f"values/{name}"] = protocol.count if kind.unit == "sample" else prompts
     return rows
+
+
+def estimate(block: Mapping[str, Any]) -> Estimate:
+    """The inverse of `Estimate.to_dict`."""
+    return Estimate(**{**block, "ci95": tuple(block["ci95"])})

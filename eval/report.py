@@ -62,8 +62,7 @@ class Row:
 
     def estimate(self, name: str) -> Estimate:
         """The same as an Estimate."""
-        block = self.metric(name)
-        return Estimate(**{**block, "ci95": tuple(block["ci95"])})
+        return measures.estimate(self.metric(name))
 
     def features(self) -> dict[str, Tensor] | None:
         """What the result kept beside it: features (N, d), labels (N,), and where a classifier answered `predicted` (N,)."""

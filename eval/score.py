@@ -8,8 +8,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,11 @@ def score(images: Tensor | Pictures, labels: Tensor, protocol: Protocol, referen
         raise ValueError(f"protocol {protocol.name!r} wants the labels {protocol.labels}: generate with balanced labels")
     if len(prompts) != protocol.prompts:
         raise ValueError(f"protocol {protocol.name!r} has {protocol.prompts} prompts, got {len(prompts)}")
-    plan, judges = protocol.plan, _judges(protocol, device)
-    texts = {name: embed(judges[name], prompts, protocol.batch_size)
-             for name in dict.fromkeys(m.extractor for m in plan.values() if m.kind == "clip")}
+    judges = judges_of(protocol, protocol.extractors, device)
+    texts = {name: embed(judges[name], prompts, protocol.batch_size) for name in readers(protocol.plan)}
     distance = diversity.load_lpips(device) if diversity.JUDGE in protocol.extractors else None
     answers = look(seen, protocol, judges)
-    found: dict[str, Found] = {}
-    for name, measure in plan.items():
-        features, logits = answers.get(measure.key, (None, None))
-        if KINDS[measure.kind].real and measure.key not in real:
-            raise ValueError(f"the reference knows nothing of {measure.key}, which {name} is measured on: make it again with this protocol")
-        found[name] = KINDS[measure.kind].find(Seen(protocol, measure, labels, features, logits, real.get(measure.key),
-                                                    texts.get(measure.extractor), seen, distance))
+    found = measure_all(protocol.plan, answers, real, texts, Seen(protocol, Measure("", ""), labels, pictures=seen, distance=distance))
     features, logits = answers.pop(protocol.extractor)
     return Scored({name: each.estimate for name, each in found.items()}, features, labels, None if logits is None else logits.argmax(1),
                   {key: others for key, (others, _) in answers.items()}, measures.packed(found))
@@ -83,10 +76,28 @@ def _real(protocol: Protocol, reference: Real | Mapping[str, Real] | None) -> Ma
     return reference if isinstance(reference, Mapping) else {protocol.extractor: reference}
 
 
-def _judges(protocol: Protocol, device: torch.device | str) -> dict[str, Any]:
-    """The protocol's extractors, whose weights are those that it names."""
+def measure_all(plan: Mapping[str, Measure], answers: Answers, real: Mapping[str, Real], texts: Mapping[str, Tensor],
+                seen: Seen) -> dict[str, Found]:
+    """What measures find, by their names: of `seen`, and of what belongs to each of them among the answers, real data and texts."""
+    found: dict[str, Found] = {}
+    for name, measure in plan.items():
+        features, logits = answers.get(measure.key, (None, None))
+        if KINDS[measure.kind].real and measure.key not in real:
+            raise ValueError(f"the reference knows nothing of {measure.key}, which {name} is measured on: make it again with this protocol")
+        found[name] = KINDS[measure.kind].find(replace(seen, measure=measure, features=features, logits=logits, real=real.get(measure.key),
+                                                       texts=texts.get(measure.extractor)))
+    return found
+
+
+def readers(plan: Mapping[str, Measure]) -> tuple[str, ...]:
+    """The extractors that must read prompts."""
+    return tuple(dict.fromkeys(measure.extractor for measure in plan.values() if measure.kind == "clip"))
+
+
+def judges_of(protocol: Protocol, names: Collection[str], device: torch.device | str) -> dict[str, Any]:
+    """Those of a protocol's extractors, whose weights are the ones that it names."""
     judges: dict[str, Any] = {}
-    for name, wanted in protocol.extractors.items():
+    for name, wanted in ((name, digest) for name, digest in protocol.extractors.items() if name in names):
         if name != diversity.JUDGE:
             judges[name] = EXTRACTORS[name]()
         found = judges[name].sha256 if name in judges else digest_of(name)

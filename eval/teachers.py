@@ -26,6 +26,11 @@ def reference_path(result: Path) -> Path:
     return result.with_name(f"{result.stem}.reference.safetensors")
 
 
+def made_beside(result: Path) -> Path:
+    """Where the result of a teacher goes that a student's evaluation scores first."""
+    return result.with_name(f"{result.stem}.teacher.json")
+
+
 @dataclass(frozen=True)
 class Light:
     """A teacher's result under a protocol, with what was kept beside it."""
