@@ -68,8 +68,8 @@ def measure_again(path: Path, also: Sequence[str], to: Path, *, reference: Path 
         "asked": {**asked, **brought, "also": [*asked.get("also", ()), *also]},
         "again": {"result": path.name, "measures": list(added), "env": env, "started": started,
                   "seconds": round(time.monotonic() - began, 1)}}
-    return score.write_result(to, protocol, scored, images=pictures, blocks=blocks,
-                              **{name: result[name] for name in ("model", "sampler", "speed", "env", "started", "seconds", "teacher")})
+    same = ("model", "sampler", "speed", "env", "started", "seconds", "teacher", "paired")
+    return score.write_result(to, protocol, scored, images=pictures, blocks=blocks, **{name: result[name] for name in same})
 
 
 def keys_of(protocol: Protocol) -> tuple[str, ...]:

@@ -124,7 +124,8 @@ class Sitting:
         score.write_result(
             self.to, protocol, scored, model=described, sampler=sampler, images=first, speed=speed, env=env, started=self.started,
             seconds=round(time.monotonic() - self.began, 1), blocks=blocks,
-            teacher=None if self.light is None else self.light.beside(scored, first, self.encode))
+            teacher=None if self.light is None else self.light.beside(scored, first, self.encode),
+            paired={} if self.light is None else self.light.paired(scored))
 
 
 def _told(**asked: Any) -> dict[str, Any]:

@@ -239,7 +239,7 @@ def packed(found: dict[str, Found]) -> dict[str, Tensor]:
     return left | {f"values/{name}": f.values for name, f in found.items() if f.values is not None}
 
 
-def unpacked(kept: dict[str, Tensor], name: str, estimate: Estimate) -> Found:
+def unpacked(kept: Mapping[str, Tensor], name: str, estimate: Estimate) -> Found:
     """The inverse for one metric."""
     left, values = kept.get(f"left/{name}"), kept.get(f"values/{name}")
     return Found(estimate, None if left is None else (float(left[0]), left[1:].tolist(), estimate.n), values)

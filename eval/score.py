@@ -172,7 +172,8 @@ def sampled(first: Tensor) -> int:
 
 def write_result(path: Path, protocol: Protocol, scored: Scored, *, model: Mapping[str, Any], sampler: Mapping[str, Any],
                  images: Tensor, speed: Mapping[str, Any], env: Mapping[str, Any], started: str, seconds: float,
-                 teacher: Mapping[str, Any] | None = None, blocks: Mapping[str, Any] | None = None) -> dict[str, Any]:
+                 teacher: Mapping[str, Any] | None = None, paired: Mapping[str, Any] | None = None,
+                 blocks: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write the result, its features and its first pictures beside it, each renamed into place and the result last; returns the result.
 
     `images` are the first pictures or all, (n, C, H, W). Other blocks of the result may be handed in as `blocks`.
@@ -183,7 +184,7 @@ def write_result(path: Path, protocol: Protocol, scored: Scored, *, model: Mappi
     kept |= {} if scored.predicted is None else {"predicted": scored.predicted}
     result = {
         "protocol": protocol.to_dict(), "protocol_hash": protocol.hash, "model": dict(model), "sampler": dict(sampler),
-        "metrics": {name: estimate.to_dict() for name, estimate in scored.metrics.items()}, "paired": {},
+        "metrics": {name: estimate.to_dict() for name, estimate in scored.metrics.items()}, "paired": dict(paired or {}),
         "teacher": None if teacher is None else dict(teacher), "speed": dict(speed), "env": dict(env), "started": started,
         "seconds": seconds, "samples": samples_path(path).name, **(blocks or {}),
     }

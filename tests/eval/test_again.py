@@ -62,7 +62,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
 def same(one: Path, other: Path, extractor: str) -> None:
     """Results and what lies beside them, but for how they came about."""
     a, b = score.read_result(one), score.read_result(other)
-    for name in ("protocol_hash", "protocol", "metrics", "model", "sampler", "teacher"):
+    for name in ("protocol_hash", "protocol", "metrics", "model", "sampler", "teacher", "paired"):
         assert a[name] == b[name]
     for place in (lambda path: score.features_path(path, extractor), score.samples_path):
         mine, its = load_file(place(one)), load_file(place(other))

@@ -101,6 +101,10 @@ def test_a_student_in_the_light_of_its_teacher(world: Path, taught: Path, tmp_pa
     assert ask("compare", taught, to, "--to", tmp_path / "report") == 0
     text = (tmp_path / "report" / "report.md").read_text()
     assert "In the light of the teacher" in text
+    said = json.loads((tmp_path / "report" / "report.json").read_text())["rows"][1]["difference"]
+    assert set(said) == {"frechet_tiny_teacher_60", "kid_tiny_teacher_60"}
+    assert result["paired"] == {score.read_result(taught)["model"]["sha256"]: {
+        name: {key: block[key] for key in ("delta", "corrected", "se", "ci95")} for name, block in said.items()}}
     assert "frechet_tiny_teacher_60 ↓" in text
 
 

@@ -1,5 +1,6 @@
 """Generation from (seed, i) alone, and the commands that make and score pictures, on the shipped teacher and on tiny students."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -66,6 +67,13 @@ def test_one_label_for_all(teacher):
     assert made.labels.tolist() == [2] * 4
     assert made.images.shape == (4, 1, 16, 16)
     assert made.images.dtype == torch.uint8
+
+
+def test_a_student_is_known_by_its_recipe(student, teacher):
+    """As it lies in the export; a teacher has none."""
+    wanted = hashlib.sha256((student / "recipe.yaml").read_bytes()).hexdigest()
+    assert open_model(str(student)).describe()["recipe_sha256"] == wanted
+    assert "recipe_sha256" not in open_model(str(teacher.folder), 1, 1.0).describe()
 
 
 def test_sample_writes_numbered_pictures_and_a_grid(student, tmp_path, capfd):
