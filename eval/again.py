@@ -48,7 +48,8 @@ def measure_again(path: Path, also: Sequence[str], to: Path, *, reference: Path 
     protocol = protocol if found is None else replace(protocol, set_reference=cards.set_reference(card, protocol, found))
     texts = _texts(path, protocol, card, score.readers(added), _first(prompts, asked.get("prompts")), device)
 
-    kept = {key: _kept(path, result, key) for key in keys_of(old) if key == old.extractor or score.features_path(path, key).is_file()}
+    needed = {old.extractor, *(measure.key for measure in added.values())}
+    kept = {key: _kept(path, result, key) for key in keys_of(old) if key in needed or score.features_path(path, key).is_file()}
     first = kept.pop(old.extractor)
     pictures = score.read_samples(score.samples_path(path), result)
     if pictures is None:

@@ -96,7 +96,8 @@ def test_prompts_are_read_again_and_their_pictures_are_not(tmp_path: Path, monke
         save_png(to_image(picture.to(torch.uint8)), tmp_path / "made" / f"{i:02d}.png")
     (tmp_path / "p.txt").write_text("".join(f"thing {i}\n" for i in range(8)))
     asked = ["--protocol", "custom", "--extractor", "clip-l14"]
-    more = ["--also", "clip:clip-l14:100cos", "--also", "vendi:clip-l14", "--also", "cmmd:clip-l14"]
+    asked += ["--also", "frechet:tiny"]
+    more = ["--also", "density:tiny", "--also", "clip:clip-l14:100cos", "--also", "vendi:clip-l14", "--also", "cmmd:clip-l14"]
     assert ask("reference", tmp_path / "made", *asked, "--keep", "40", "--to", tmp_path / "r.safetensors") == 0
     asked += ["--count", "64", "--prompts", str(tmp_path / "p.txt"), "--reference", str(tmp_path / "r.safetensors")]
     assert ask("eval", tmp_path / "made", *asked, "--to", tmp_path / "first.json") == 0
@@ -105,6 +106,11 @@ def test_prompts_are_read_again_and_their_pictures_are_not(tmp_path: Path, monke
     assert ask("eval", tmp_path / "first.json", *more, "--to", tmp_path / "more.json") == 0
     same(tmp_path / "more.json", tmp_path / "once.json", "clip-l14")
     assert score.read_result(tmp_path / "more.json")["protocol"]["set_reference"] == "40 evenly spaced ones"
+    score.features_path(tmp_path / "first.json", "tiny").rename(tmp_path / "away")
+    capfd.readouterr()
+    assert ask("eval", tmp_path / "first.json", "--also", "density:tiny", "--to", tmp_path / "x.json") == 2
+    assert "first.features_tiny.safetensors is missing" in capfd.readouterr().err
+    assert ask("eval", tmp_path / "first.json", "--also", "vendi:clip-l14", "--to", tmp_path / "without.json") == 0
     (tmp_path / "p.txt").write_text("another\n" * 8)
     capfd.readouterr()
     assert ask("eval", tmp_path / "first.json", *more, "--to", tmp_path / "x.json") == 2
