@@ -23,6 +23,7 @@ from stepdistill.eval.protocol import BATCH, PRECISION, PROTOCOLS, Measure, Prot
 CHOSEN, USUAL = "", "dinov2-l14"                        # in a card: the extractor that the user names, and the one where none is named
 REFERENCE, PROMPTS = "reference.safetensors", ("prompts.txt", "prompts.jsonl", "prompts.csv")
 VARIETY = (200, 8)                                      # most prompts and seeds of each that variety is told from
+VARIED = ("variety", "vendi", "lpips")                  # kinds of measures that tell it
 FEWEST = 50                                             # pictures of a score
 NAMES = {"clip-g14": "vit_g14_laion2b", "clip-l14": "vit_l14_openai", "clip-b32": "vit_b32_openai", diversity.JUDGE: "alex"}
 
@@ -156,7 +157,22 @@ def ready(name: str, count: int | None = None, seed: int = 0, brought: Brought =
     if card.reference_count not in (0, found.count):
         raise ValueError(f"{path} was made of {found.count:,} pictures, and the reference of {name!r} has {card.reference_count:,}: "
                          f"{card.reference}")
-    return Exam(replace(drafted, reference_sha256=found.sha256), found.real, texts)
+    return Exam(replace(drafted, reference_sha256=found.sha256, set_reference=set_reference(card, drafted, found)), found.real, texts)
+
+
+def set_reference(card: Card, protocol: Protocol, found: references.Stored) -> str:
+    """How many real pictures kernels and neighbours look at, in words: the card's number where the reference kept as many as it could of
+    them, or where no measure looks at any; else what it kept."""
+    kept = {key: number for key, number in references.kept(found).items() if key in references.set_keys(protocol)}
+    if all(number == min(found.count, card.set_count) for number in kept.values()):
+        return _evenly(card.set_count)
+    if len(set(kept.values())) == 1:
+        return _evenly(*set(kept.values()))
+    return ", ".join(f"{_evenly(number)} of {key}" for key, number in sorted(kept.items()))
+
+
+def _evenly(number: int) -> str:
+    return f"{number:,} evenly spaced ones"
 
 
 def make_reference(name: str, source: Path, to: Path | None = None, *, set_from: Path | None = None, keep: int | None = None,
@@ -188,33 +204,65 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
         raise ValueError(f"no extractor {extractor!r}: there are {', '.join(EXTRACTORS)}")
     classes = 0 if prompts else card.classes or brought.classes
     turns = max(1, len(prompts) or classes)
-    variety = min(VARIETY[0], turns), min(VARIETY[1], count // turns)
+    variety = _variety(turns, count)
     asked = [replace(m, extractor=extractor, kind=_called(m.kind, extractor)) if m.extractor == CHOSEN else m for m in card.measures]
-    told = variety[0] >= 5 and variety[1] >= 2
-    asked = [m for m in asked if told or m.kind not in ("variety", "vendi")]
+    asked = [m for m in asked if _told(variety) or m.kind not in VARIED]
     asked += [m for m in map(measure, brought.also) if m not in asked]
     if bare:
         asked = [m for m in asked if KINDS[m.kind].real]
     for m in asked:
-        if m.kind in ("variety", "vendi", "lpips") and not told:
-            raise ValueError(f"{m.kind} needs five prompts or classes and two pictures of each, got {count} pictures of {turns}: give "
-                             "--prompts, or raise the count")
-        if m.kind == "clip" and not prompts:
-            raise ValueError("a CLIP score needs prompts: give --prompts")
-        if m.kind == "clip":
-            weights.tokenizer(m.extractor)                                       # missing words are told before anything is generated
-        if m.kind == "accuracy" and not classes:
-            raise ValueError("accuracy is of classes, and there are none here: leave it out")
+        _refuse_unfit(m, count, turns, len(prompts), classes)
     names = tuple(_name(m, card, count, variety[1]) for m in asked)
     first, *others = dict.fromkeys(m.extractor for m in asked)
     return Protocol(
         name=card.name, dataset=card.dataset, reference=card.tag, reference_sha256="", count=count, seed=seed, resolution=card.resolution,
         labels=f"prompt i mod {len(prompts)}" if prompts else f"i mod {turns}", classes=classes, extractor=first,
         extractor_sha256=digest_of(first), metrics=names, groups=groups_of(card.name, count, classes), quantise="round", batch_size=BATCH,
-        precision=PRECISION, frechet_reference="all its pictures", set_reference=f"{card.set_count:,} evenly spaced ones", neighbours=3,
+        precision=PRECISION, frechet_reference="all its pictures", set_reference=_evenly(card.set_count), neighbours=3,
         recall_sets=5, measures=tuple(asked), further_extractors=tuple((each, digest_of(each)) for each in others), crop=card.crop,
-        metric_size=card.metric_size, prompts=len(prompts), prompts_sha256=_digest(prompts) if prompts else "",
-        variety=variety if any(m.kind in ("variety", "vendi", "lpips") for m in asked) else (0, 0))
+        metric_size=card.metric_size, prompts=len(prompts), prompts_sha256=digest_of_prompts(prompts) if prompts else "",
+        variety=variety if any(m.kind in VARIED for m in asked) else (0, 0))
+
+
+def extended(protocol: Protocol, also: Sequence[str]) -> Protocol:
+    """A card's protocol with further measures, in words, of extractors that it has already: the one that `draft` makes of them all, but for
+    the number of real pictures they look at, which `set_reference` tells.
+
+    ValueError for a shipped world's protocol, for a measure that cannot be taken, and where all are there already.
+    """
+    card = find(protocol.name)
+    if card is None:
+        raise ValueError(f"protocol {protocol.name!r} brings all that it needs: leave --also out")
+    added = tuple(m for m in dict.fromkeys(map(measure, also)) if m not in protocol.measures)
+    if not added:
+        raise ValueError("there is nothing to add: name a measure that is not there yet with --also KIND:EXTRACTOR")
+    for m in added:
+        _refuse_unfit(m, protocol.count, protocol.turns, protocol.prompts, protocol.classes)
+    variety = _variety(protocol.turns, protocol.count)
+    return replace(protocol, metrics=(*protocol.metrics, *(_name(m, card, protocol.count, variety[1]) for m in added)),
+                   measures=(*protocol.measures, *added), variety=variety if any(m.kind in VARIED for m in added) else protocol.variety)
+
+
+def _variety(turns: int, count: int) -> tuple[int, int]:
+    """Prompts (or classes) that variety would be told from, and seeds of each."""
+    return min(VARIETY[0], turns), min(VARIETY[1], count // turns)
+
+
+def _told(variety: tuple[int, int]) -> bool:
+    """Whether they are enough of both."""
+    return variety[0] >= 5 and variety[1] >= 2
+
+
+def _refuse_unfit(m: Measure, count: int, turns: int, prompts: int, classes: int) -> None:
+    if m.kind in VARIED and not _told(_variety(turns, count)):
+        raise ValueError(f"{m.kind} needs five prompts or classes and two pictures of each, got {count} pictures of {turns}: give "
+                         "--prompts, or raise the count")
+    if m.kind == "clip" and not prompts:
+        raise ValueError("a CLIP score needs prompts: give --prompts")
+    if m.kind == "clip":
+        weights.tokenizer(m.extractor)                                           # missing words are told before anything is generated
+    if m.kind == "accuracy" and not classes:
+        raise ValueError("accuracy is of classes, and there are none here: leave it out")
 
 
 def measure(words: str) -> Measure:
@@ -250,7 +298,7 @@ def _name(m: Measure, card: Card, count: int, seeds: int) -> str:
     head = f"{m.kind}_{NAMES.get(m.extractor, m.extractor.replace('-', '_'))}"
     if m.kind == "clip":
         return f"{head}_{m.convention}"
-    if m.kind in ("variety", "vendi", "lpips"):
+    if m.kind in VARIED:
         return f"{head}_m{seeds}" + (f"_{m.convention}" if m.convention else "")
     size = f"_{card.metric_size}" if card.metric_size and m.view == "whole" else ""
     number = f"{count // 1000}k" if count % 1000 == 0 else str(count)
@@ -275,7 +323,8 @@ def prompts_of(card: Card, brought: Brought) -> tuple[str, ...]:
     return texts
 
 
-def _digest(prompts: Sequence[str]) -> str:
+def digest_of_prompts(prompts: Sequence[str]) -> str:
+    """What a protocol knows them by."""
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stepdistill.eval import weights
 from stepdistill.eval.metrics import unit
+from stepdistill.eval.precision import exact
 
 Distance = Callable[[Tensor, Tensor], Tensor]           # pictures (B, 3, H, W) and as many others, to B values
 JUDGE = "alexnet"                                       # what LPIPS looks through, where extractors are named
@@ -63,7 +64,7 @@ def lpips_distance(pictures: Tensor, distance: Distance, range: tuple[float, flo
     low, high = range
     first, second = torch.triu_indices(pictures.shape[1], pictures.shape[1], offset=1)
     values = []
-    with torch.inference_mode():
+    with exact(), torch.inference_mode():
         for seeds in pictures:
             x = seeds.float() / 255 * (high - low) + low
             pairs = zip(first.split(batch), second.split(batch), strict=True)
@@ -71,8 +72,11 @@ def lpips_distance(pictures: Tensor, distance: Distance, range: tuple[float, flo
     return torch.stack(values).cpu()
 
 
-def load_lpips() -> Distance:
-    """LPIPS on AlexNet, by the optional package `lpips`. Raises ValueError where that is absent, and as `weights.network`."""
+def load_lpips(device: torch.device | str = "cpu") -> Distance:
+    """LPIPS on AlexNet, by the optional package `lpips`; it fetches pictures to where it is.
+
+    Raises ValueError where the package is absent, and as `weights.network`.
+    """
     try:
         import lpips
     except ModuleNotFoundError as error:
@@ -80,4 +84,5 @@ def load_lpips() -> Distance:
     layers = weights.network(JUDGE)[0].state_dict()
     judge = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     judge.net.load_state_dict({name: layers[name.partition(".")[2]] for name in judge.net.state_dict()})       # slice2.3.weight
-    return judge.requires_grad_(False)
+    judge.register_forward_pre_hook(lambda _, pictures: tuple(each.to(device) for each in pictures))
+    return judge.requires_grad_(False).to(device)

@@ -24,6 +24,7 @@ from stepdistill.eval.generate import balanced, fill
 from stepdistill.eval.models import Opened, is_model, open_model
 from stepdistill.eval.parts import Parts, Taken
 from stepdistill.eval.pictures import Pictures
+from stepdistill.eval.precision import exact
 from stepdistill.eval.protocol import Protocol, Real, hash_of
 from stepdistill.models.load import is_prompted, read_json
 
@@ -114,14 +115,17 @@ class Sitting:
         scored = score.score(seen, torch.arange(protocol.count) % protocol.turns, protocol, self.exam.real, prompts=self.exam.prompts,
                              device=self.device)
         first = first[: score.sampled(first)]
+        with exact():                                                            # as pictures were made and judged
+            env = score.environment(self.device)
         blocks = {"asked": self.asked} | ({} if self.real is None else {"memory": memory.told(scored.features, *self.real)})
         if self.exam.groups:
             blocks["groups"] = {name: {group: estimate.to_dict() for group, estimate in told.items()}
                                 for name, told in measures.by_group(scored.pairs, protocol, self.exam.groups).items()}
         score.write_result(
-            self.to, protocol, scored, model=described, sampler=sampler, images=first, speed=speed, env=score.environment(self.device),
-            started=self.started, seconds=round(time.monotonic() - self.began, 1), blocks=blocks,
-            teacher=None if self.light is None else self.light.beside(scored, first, self.encode))
+            self.to, protocol, scored, model=described, sampler=sampler, images=first, speed=speed, env=env, started=self.started,
+            seconds=round(time.monotonic() - self.began, 1), blocks=blocks,
+            teacher=None if self.light is None else self.light.beside(scored, first, self.encode),
+            paired={} if self.light is None else self.light.paired(scored))
 
 
 def _told(**asked: Any) -> dict[str, Any]:
@@ -139,7 +143,7 @@ def _refuse_without_prompts(model: str, card: Card | None, prompts: Sequence[str
 def _refuse_for_pictures(model: str, card: Card | None, brought: Brought, **sampling: Any) -> None:
     if given := [name for name, value in sampling.items() if value is not None]:
         raise ValueError(f"{model} is a folder of pictures, which are made already: leave --{given[0]} out")
-    if _ranks() > 1:
+    if ranks() > 1:
         raise ValueError(f"{model} is a folder of pictures, which one process scores alone: run eval without torchrun")
     if card is cards.TEACHER and brought.reference is None:
         raise ValueError(f"{model} is a folder of pictures: say whose teacher's pictures they are held against, with --against")
@@ -149,7 +153,7 @@ def _teacher(against: str | None, protocol_name: str, count: int | None, to: Pat
     """The result of the teacher that a model is told against, made first where a model was named."""
     if against is None or against.endswith(".json"):
         return None if against is None else Path(against)
-    other = to.with_name(f"{to.stem}.teacher.json")
+    other = teachers.made_beside(to)
     evaluate(against, protocol_name, count, other, **options)
     return other
 
@@ -213,14 +217,14 @@ def _sized(seen: Pictures, protocol: Protocol, whose: str) -> None:
                          f"{width}x{height}")
 
 
-def _ranks() -> int:
+def ranks() -> int:
     """Processes of this launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _meet() -> None:
     """Wait until every process of a `torchrun` has come as far."""
-    if _ranks() > 1:
+    if ranks() > 1:
         if not distributed.is_initialized():
             distributed.init_process_group("gloo")
         distributed.barrier()

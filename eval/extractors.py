@@ -22,8 +22,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -35,6 +34,7 @@ from torch.nn import functional
 
 from stepdistill.diffusion.draws import key
 from stepdistill.eval import diversity, weights
+from stepdistill.eval.precision import exact
 from stepdistill.eval.weights import digest
 from stepdistill.worlds.emoji import judge, text
 from stepdistill.worlds.emoji.data import to_model
@@ -81,19 +81,6 @@ def fashion_file(name: str, remedy: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: reinstall stepdistill, or make it with `python {remedy}`")
     return path
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """float32 means float32: no autocast on any device, no TF32; settings are restored."""
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, conv.allow_tf32
-    matmul.allow_tf32 = conv.allow_tf32 = False
-    try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), torch.inference_mode():
-            yield
-    finally:
-        matmul.allow_tf32, conv.allow_tf32 = before
 
 
 # -------------------------------------------------------------------------------------------------------------------------- preprocessing
@@ -334,7 +321,7 @@ def extract(extractor: Extractor, images: Tensor, batch_size: int) -> tuple[Tens
     if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(f"pictures must be a uint8 tensor (N, C, H, W), got {images.dtype} {tuple(images.shape)}: quantise them first")
     features, logits = [], []
-    with exact():
+    with exact(), torch.inference_mode():
         for batch in images.split(batch_size):
             made, answers = extractor.features(batch)
             features.append(made.cpu())
@@ -344,7 +331,7 @@ def extract(extractor: Extractor, images: Tensor, batch_size: int) -> tuple[Tens
 
 def embed(judge: TextImage, prompts: Sequence[str], batch_size: int) -> Tensor:
     """Embeddings (N, d) of prompts, on the CPU; ValueError for none."""
-    with exact():
+    with exact(), torch.inference_mode():
         return torch.cat([judge.text(prompts[i:i + batch_size]).cpu() for i in range(0, max(1, len(prompts)), batch_size)])
 
 
@@ -376,7 +363,7 @@ def register() -> None:
             return False
 
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            with exact():
+            with exact(), torch.inference_mode():
                 features, logits = self.extractor.features(images)
             if logits is None and "logits" in self.features_list:
                 raise ValueError(f"extractor {self.extractor.name!r} is no classifier: it has no inception score")

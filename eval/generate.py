@@ -15,6 +15,7 @@ from tqdm import tqdm
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, sample
 from stepdistill.eval.parts import Parts
+from stepdistill.eval.precision import exact
 from stepdistill.models.load import Teacher
 
 
@@ -95,5 +96,6 @@ def _batch(model: Teacher, spec: SamplerSpec, seed: int, rows: range, labels: Te
     """uint8 pictures (B, C, H, W) of the first samples among `rows`, one for each label (B,), on the CPU, and the milliseconds of each."""
     began = time.perf_counter()
     draws = Draws(seed, rows[: len(labels)], device=model.device)
-    pictures = model.pictures(sample(model.denoiser, spec, model.condition(labels), draws, model.shape)).cpu()
+    with exact():
+        pictures = model.pictures(sample(model.denoiser, spec, model.condition(labels), draws, model.shape)).cpu()
     return pictures, 1000 * (time.perf_counter() - began) / len(labels)

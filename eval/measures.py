@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,12 +56,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a number is found, where its better values lie, what it says to somebody who meets it for the first time, and what `values` are
-    of."""
+    """How a number is found, where its better values lie, what it says to somebody who meets it for the first time, what it leaves to pair
+    it by (a field of `Found`), and what `values` are of."""
 
     find: Callable[[Seen], Found]
     better: Literal["↓", "↑"]
     words: str
+    leaves: Literal["left", "values", ""] = ""
     real: bool = False                                  # whether it is a distance to real data
     unit: Literal["sample", "prompt"] = "sample"
 
@@ -202,23 +203,23 @@ _CROWDS = ("how far the crowd of generated pictures lies from the crowd of real 
 _KERNEL = "Kernel distance of the same two crowds: another formula, that does not grow where pictures are few."
 
 KINDS = {
-    **{name: Kind(_frechet, "↓", f"Fréchet distance: {_CROWDS}", real=True) for name in ("frechet", "fid", "fd")},
+    **{name: Kind(_frechet, "↓", f"Fréchet distance: {_CROWDS}", "left", real=True) for name in ("frechet", "fid", "fd")},
     "patchfid": Kind(_frechet, "↓", "The same of a small square from the middle of each picture: texture, which the whole picture hides.",
-                     real=True),
-    **{name: Kind(_kid, "↓", _KERNEL, real=True) for name in ("kid", "kd")},
-    "cmmd": Kind(_cmmd, "↓", "Kernel distance of the two crowds as CLIP sees them.", real=True),
-    "precision": Kind(_precision, "↑", "Share of the generated pictures that lie among real ones: quality.", real=True),
+                     "left", real=True),
+    **{name: Kind(_kid, "↓", _KERNEL, "left", real=True) for name in ("kid", "kd")},
+    "cmmd": Kind(_cmmd, "↓", "Kernel distance of the two crowds as CLIP sees them.", "left", real=True),
+    "precision": Kind(_precision, "↑", "Share of the generated pictures that lie among real ones: quality.", "values", real=True),
     "recall": Kind(_recall, "↑", "Share of the real pictures that lie among generated ones: variety.", real=True),
-    "density": Kind(_density, "↑", "How thickly real pictures lie around generated ones; about 1 for real ones.", real=True),
+    "density": Kind(_density, "↑", "How thickly real pictures lie around generated ones; about 1 for real ones.", "values", real=True),
     "coverage": Kind(_coverage, "↑", "Share of the real pictures that have a generated one near by: variety.", real=True),
     "is": Kind(_inception, "↑", "Inception score: whether a classifier is sure of each picture and sees every class. No distance to real "
                                 "pictures."),
-    "accuracy": Kind(_accuracy, "↑", "Share of the generated pictures that a classifier takes for the class that was asked for."),
-    "clip": Kind(_clip, "↑", "How well pictures fit their prompts, by a network that knows both.", unit="prompt"),
+    "accuracy": Kind(_accuracy, "↑", "Share of the generated pictures that a classifier takes for the class that was asked for.", "values"),
+    "clip": Kind(_clip, "↑", "How well pictures fit their prompts, by a network that knows both.", "values", unit="prompt"),
     "variety": Kind(_variety, "↑", "How different the pictures of one prompt or class are: one less the mean cosine of their features.",
-                    unit="prompt"),
-    "vendi": Kind(_vendi, "↑", "How many different pictures there are among those of one prompt or class.", unit="prompt"),
-    "lpips": Kind(_lpips, "↑", "How different the pictures of one prompt or class look, by LPIPS.", unit="prompt"),
+                    "values", unit="prompt"),
+    "vendi": Kind(_vendi, "↑", "How many different pictures there are among those of one prompt or class.", "values", unit="prompt"),
+    "lpips": Kind(_lpips, "↑", "How different the pictures of one prompt or class look, by LPIPS.", "values", unit="prompt"),
 }
 
 
@@ -238,7 +239,25 @@ def packed(found: dict[str, Found]) -> dict[str, Tensor]:
     return left | {f"values/{name}": f.values for name, f in found.items() if f.values is not None}
 
 
-def unpacked(kept: dict[str, Tensor], name: str, estimate: Estimate) -> Found:
+def unpacked(kept: Mapping[str, Tensor], name: str, estimate: Estimate) -> Found:
     """The inverse for one metric."""
     left, values = kept.get(f"left/{name}"), kept.get(f"values/{name}")
     return Found(estimate, None if left is None else (float(left[0]), left[1:].tolist(), estimate.n), values)
+
+
+def rows_kept(protocol: Protocol) -> dict[str, int]:
+    """How many rows each tensor of `packed` has."""
+    rows = {}
+    for name, measure in protocol.plan.items():
+        kind = KINDS[measure.kind]
+        if kind.leaves == "left":
+            rows[f"left/{name}"] = 1 + protocol.groups
+        elif kind.leaves:
+            prompts = min(protocol.turns, protocol.count) if measure.kind == "clip" else protocol.variety[0]
+            rows[f"values/{name}"] = protocol.count if kind.unit == "sample" else prompts
+    return rows
+
+
+def estimate(block: Mapping[str, Any]) -> Estimate:
+    """The inverse of `Estimate.to_dict`."""
+    return Estimate(**{**block, "ci95": tuple(block["ci95"])})

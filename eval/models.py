@@ -14,6 +14,7 @@ from torch import Tensor
 from stepdistill import worlds
 from stepdistill.diffusion.sampler import SamplerSpec, Solver
 from stepdistill.diffusion.times import trailing
+from stepdistill.eval import weights
 from stepdistill.export import digest, load_student
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.load import NOTES, Teacher, is_prompted, load_teacher, read_json
@@ -59,14 +60,15 @@ class Opened:
 
 
     def describe(self) -> dict[str, Any]:
-        """The result file's model block: name, digest of the weights, and of a student its recipe's method, step and average."""
+        """The result file's model block: name, digest of the weights, and of a student its recipe's method, step, average and digest."""
         known = self.teacher.notes
         sha256 = known.get("unet_sha256") or known.get("weights_sha256")
         if sha256 is None:
             inner = self.teacher.folder / self.teacher.component
             sha256 = digest(inner if inner.is_dir() else self.teacher.folder)
         return {"name": self.name, "is_teacher": self.is_teacher, "sha256": sha256,
-                **{key: known[key] for key in ("method", "step", "ema") if key in known}}
+                **{key: known[key] for key in ("method", "step", "ema") if key in known},
+                **({"recipe_sha256": weights.digest(recipe)} if (recipe := self.teacher.folder / RECIPE).is_file() else {})}
 
 
 def most_at_once(teacher: Teacher) -> int:

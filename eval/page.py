@@ -80,7 +80,7 @@ def assemble(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]], 
     who = [tables.plural(students, "student")] * bool(students) + [f"{tables.plural(teachers, 'sampling')} of the teacher"] * bool(teachers)
     lead = f"{' and '.join(who)}: {protocol['count']:,} pictures of {protocol['dataset']} each, from the same seeds."
     lead += f" All are held against the first row: {report['first']}." if len(rows) > 1 else ""
-    notes = [tables.ERRORS]
+    notes = [tables.errors(report)]
     if students > 3:
         notes.append(f"{students} students are held against the first row. The intervals are not widened for their number; for a claim "
                      "the p value, adjusted for it (Holm), must be below 0.05.")
@@ -95,7 +95,7 @@ def assemble(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]], 
         class_charts=_class_charts(report), class_tables=tables.by_class(report), grids=grids,
         runs=[(training, _curves(training, f"run{i}")) for i, training in enumerate(trainings)],
         protocol={"hash": report["protocol_hash"], **{k: _told(v) for k, v in protocol.items()}},
-        environment=report["environment"]["same"], made=_made(report), commands=[row["command"] for row in rows])
+        environment=report["environment"]["same"], made=_made(report), commands=[command for row in rows for command in row["commands"]])
 
 
 def _told(value: Any) -> str:

@@ -29,6 +29,7 @@ from stepdistill.eval.score import look
 from stepdistill.eval.weights import digest
 
 BLOCK = 2_000                                           # pictures whose features are held at a time
+OF_MOMENTS = ("frechet", "fid", "fd", "patchfid")       # kinds of measures that read nothing else of real pictures
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ def keys_of(protocol: Protocol) -> tuple[str, ...]:
     """What a protocol looks at real pictures by: its first extractor, and all that a distance is measured on."""
     needed = (measure.key for measure in protocol.plan.values() if KINDS[measure.kind].real)
     return tuple(dict.fromkeys((protocol.extractor, *needed)))
+
+
+def set_keys(protocol: Protocol) -> frozenset[str]:
+    """Those of which a measure reads features of real pictures, and not their moments alone."""
+    return frozenset(measure.key for measure in protocol.plan.values() if KINDS[measure.kind].real and measure.kind not in OF_MOMENTS)
 
 
 def gather(seen: Pictures, protocol: Protocol, keep: int, device: torch.device | str = "cpu") -> dict[str, Statistics]:
@@ -193,4 +199,4 @@ def read(path: Path, protocol: Protocol) -> Stored:
 
 def _of_sets(protocol: Protocol, measures: list[str]) -> str | None:
     """The first of some metrics that reads features of real pictures and not their moments."""
-    return next((name for name in measures if protocol.plan[name].kind not in ("frechet", "fid", "fd", "patchfid")), None)
+    return next((name for name in measures if protocol.plan[name].kind not in OF_MOMENTS), None)

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.eval import alignment, benchmarks, breakdown, charts, curves, measures, metrics, page, provenance, score
-from stepdistill.eval.measures import KINDS, Found, Kind, Seen
+from stepdistill.eval import alignment, benchmarks, breakdown, charts, curves, measures, metrics, page, provenance, score, seeds
+from stepdistill.eval.measures import KINDS, Seen
 from stepdistill.eval.metrics import Estimate
+from stepdistill.eval.pairing import OverSeeds, Pairing
 from stepdistill.eval.protocol import Protocol, fashion_reference, told_apart
 from stepdistill.eval.tables import arrow, delta, enough, markdown, number, plural
 from stepdistill.images import grid, save_png
@@ -32,7 +33,8 @@ FEW = 3                                                 # comparisons that need 
 
 @dataclass(frozen=True)
 class Row:
-    """One result: where it lies, what it is called, and its block of the result file."""
+    """One result: where it lies, what it is called, and its block of the result file. Of several seeds: those of the first, and `group` has
+    the results of all."""
 
     path: Path
     model: str
@@ -40,6 +42,12 @@ class Row:
     steps: int
     is_teacher: bool
     result: dict[str, Any]
+    group: Sequence[seeds.Loaded] = ()
+
+    @property
+    def each(self) -> list[Row]:
+        """A row for every seed; without `group` itself."""
+        return [replace(self, path=path, result=result, group=()) for path, result in self.group] or [self]
 
     @property
     def nfe(self) -> int:
@@ -62,21 +70,21 @@ class Row:
 
     def estimate(self, name: str) -> Estimate:
         """The same as an Estimate."""
-        block = self.metric(name)
-        return Estimate(**{**block, "ci95": tuple(block["ci95"])})
+        return measures.estimate(self.metric(name))
 
     def features(self) -> dict[str, Tensor] | None:
         """What the result kept beside it: features (N, d), labels (N,), and where a classifier answered `predicted` (N,)."""
-        return score.read_tensors(score.features_path(self.path, self.result["protocol"]["extractor"]), self.result)
+        return score.read_features(self.path, self.result)
 
     def pictures(self) -> Tensor | None:
         """Its first pictures, uint8 (n, C, H, W)."""
-        tensors = score.read_tensors(self.path.with_name(self.result["samples"]), self.result) if self.result["samples"] else None
-        return None if tensors is None else tensors["images"]
+        return score.read_samples(self.path.with_name(self.result["samples"]), self.result) if self.result["samples"] else None
 
 
-def compare(results: list[Path], to: Path, runs: Sequence[Path] = ()) -> dict[str, Any]:
+def compare(results: list[Path], to: Path, runs: Sequence[Path] = (), over_seeds: bool = False) -> dict[str, Any]:
     """Write the report into the folder `to`, with the training curves of `runs`; returns report.json's content.
+
+    `over_seeds` makes one row of a model's results of several seeds (`seeds.gathered`).
 
     Raises ValueError for results of unequal protocols, naming the fields that differ, and FileNotFoundError or ValueError for a result or a
     run that is none. Teachers come first, the one of most steps (and of those the best) at the head; every paired difference is to that
@@ -89,18 +97,21 @@ def compare(results: list[Path], to: Path, runs: Sequence[Path] = ()) -> dict[st
     if repeated := sorted({str(p) for p in results if sum(q.resolve() == p.resolve() for q in results) > 1}):
         raise ValueError(f"{repeated[0]} is named twice: name each result once")
     loaded = [(path, score.read_result(path)) for path in results]
-    _refuse_mixed(loaded)
+    _refuse_mixed(loaded, over_seeds)
     trainings = [curves.read(run) for run in runs]
-    rows = arrange(loaded)
+    groups = {group[0][0]: group for group in seeds.gathered(loaded)} if over_seeds else {}
+    rows = arrange([(path, seeds.pooled(group)) for path, group in groups.items()] or loaded)
+    rows = [replace(row, group=groups.get(row.path, ())) for row in rows]
     report = {**gather(rows), "runs": [training.to_dict() for training in trainings]}
-    pictures = [(row.label, images) for row in rows if (images := row.pictures()) is not None]
+    pictures = [(row.label, images) for row in rows if (images := row.each[0].pictures()) is not None]
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary = to.with_name(f".{to.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         head, count = next(iter(rows[0].result["metrics"])), report["protocol"]["count"]
-        title = f"{head}, {'lower' if arrow(head) == '↓' else 'higher'} is better ({count:,} pictures, bars: 95 % of the generated sample)"
+        bars = "the mean over seeds" if groups else "the generated sample"
+        title = f"{head}, {'lower' if arrow(head) == '↓' else 'higher'} is better ({count:,} pictures, bars: 95 % of {bars})"
         if points := charts.points(report["rows"], "nfe"):
             charts.plot_quality(points, charts.NFE, title).savefig(temporary / "quality_vs_nfe.png", dpi=160)
         if pictures and (names := report["classes"]["names"]):
@@ -119,11 +130,12 @@ def compare(results: list[Path], to: Path, runs: Sequence[Path] = ()) -> dict[st
     return report
 
 
-def _refuse_mixed(loaded: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+def _refuse_mixed(loaded: Sequence[seeds.Loaded], over_seeds: bool) -> None:
     head, first = loaded[0]
     for path, result in loaded[1:]:
-        if result["protocol_hash"] != first["protocol_hash"]:
-            told = told_apart(first["protocol"], result["protocol"])
+        one, other = (seeds.without_seed(each["protocol"]) if over_seeds else each["protocol"] for each in (first, result))
+        if one != other:
+            told = told_apart(one, other)
             raise ValueError(f"{head} and {path} were scored under different protocols ({told}): score both under one")
         if list(result["metrics"]) != list(first["metrics"]):
             raise ValueError(f"{head} and {path} hold different metrics: score both again with one version")
@@ -159,28 +171,16 @@ def _short_names(names: Collection[str]) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------------------- what is compared
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """What a metric's paired differences are made of: what each row left (None for one without features), and how two are subtracted."""
-
-    kind: Kind
-    made: Sequence[Found | None]
-
-    def difference(self, row: int, other: int) -> Estimate | None:
-        """Row minus other; None where one has nothing to subtract."""
-        a, b = self.made[row], self.made[other]
-        return None if a is None or b is None else self.kind.paired(a, b)
-
-    def wins(self, row: int, other: int) -> breakdown.Wins | None:
-        """On samples that are right or wrong, or on prompts that have a value; None where the metric knows neither."""
-        a, b = (None if found is None else found.values for found in (self.made[row], self.made[other]))
-        if a is None or b is None or (a.dtype != torch.bool and self.kind.unit == "sample"):
-            return None
-        return breakdown.wins(a > b, a < b)
-
-
-def pairings(rows: Sequence[Row]) -> dict[str, Pairing]:
+def pairings(rows: Sequence[Row]) -> Mapping[str, Pairing | OverSeeds]:
     """By metric, of those that leave something to subtract; empty for a single row."""
+    if not rows[0].group:
+        return _pairings(rows)
+    found = [_pairings(seed) for seed in zip(*(row.each for row in rows), strict=True)]
+    return {name: OverSeeds([each[name] for each in found]) for name in found[0] if all(name in each for each in found)}
+
+
+def _pairings(rows: Sequence[Row]) -> dict[str, Pairing]:
+    """Of one seed."""
     if len(rows) < 2:
         return {}
     protocol, out = Protocol.from_dict(rows[0].result["protocol"]), {}
@@ -214,7 +214,7 @@ def judge(name: str, difference: Estimate, pictures: int | None = None, p: float
     return "better" if (difference.corrected > 0) == (arrow(name) == "↑") else "worse"
 
 
-def differences(rows: Sequence[Row], paired: Mapping[str, Pairing]) -> list[dict[str, Any] | None]:
+def differences(rows: Sequence[Row], paired: Mapping[str, Pairing | OverSeeds]) -> list[dict[str, Any] | None]:
     """Paired difference of each row to the first, by metric, where both kept their features; None for the first row.
 
     Of more than FEW such rows each difference has a p value, too, adjusted for their number (Holm).
@@ -232,7 +232,7 @@ def differences(rows: Sequence[Row], paired: Mapping[str, Pairing]) -> list[dict
     return [None, *out]
 
 
-def best(rows: Sequence[Row], name: str, pairing: Pairing) -> int | None:
+def best(rows: Sequence[Row], name: str, pairing: Pairing | OverSeeds) -> int | None:
     """The row that is better than every other one by `judge`, if one is."""
     sign, count = 1 if arrow(name) == "↑" else -1, rows[0].result["protocol"]["count"]
     top = max(range(len(rows)), key=lambda i: sign * rows[i].metric(name)["value"])
@@ -240,7 +240,7 @@ def best(rows: Sequence[Row], name: str, pairing: Pairing) -> int | None:
     return top if all(e is not None and judge(name, e, count) == "better" for e in found) else None
 
 
-def _wins(paired: Mapping[str, Pairing], row: int) -> dict[str, Any]:
+def _wins(paired: Mapping[str, Pairing | OverSeeds], row: int) -> dict[str, Any]:
     """Of a row against the first, by metric, where samples or prompts can be won."""
     return {name: {"ahead": won.ahead, "behind": won.behind, "decided": won.decided,
                    "win_rate": won.share and won.share.value, "ci95": won.share and list(won.share.ci95)}
@@ -256,7 +256,7 @@ def _judged(row: Row, first: Row) -> dict[str, Any]:
 
 def _by_class(row: Row, protocol: Protocol, real: Tensor | None) -> dict[str, Any] | None:
     """Values and standard errors of each class: squared distance of the mean features to real ones (classes, d), and accuracy."""
-    kept = row.features()
+    kept = None if row.group else row.features()
     if kept is None or real is None:
         return None
     member = metrics.members(protocol.count, protocol.groups, protocol.classes)
@@ -279,11 +279,13 @@ def gather(rows: Sequence[Row]) -> dict[str, Any]:
     told = [{"label": row.label, "series": row.series, "result": str(row.path), "is_teacher": row.is_teacher, "nfe": row.nfe,
              "ms_per_image": row.ms, "metrics": row.result["metrics"], "best": [name for name, leader in leading.items() if leader == i],
              "difference": difference, "wins": _wins(paired, i) if i else None, "classes": _by_class(row, protocol, real),
-             "features": row.features() is not None, "teacher": row.result["teacher"], "memory": row.result.get("memory"),
-             "judges": _judged(row, rows[0]), "groups": row.result.get("groups"),
-             **provenance.origin(row.result), "command": provenance.command(row.result, row.path.name)}
+             "features": all(each.features() is not None for each in row.each), "teacher": row.result["teacher"],
+             "memory": row.result.get("memory"), "judges": _judged(row, rows[0]), "groups": row.result.get("groups"),
+             **provenance.origin(row.result), "seeds": seeds.told(row.group) if row.group else None,
+             "commands": [provenance.command(each.result, each.path.name) for each in row.each]}
             for i, (row, difference) in enumerate(zip(rows, differences(rows, paired), strict=True))]
     return {"protocol": rows[0].result["protocol"], "protocol_hash": rows[0].result["protocol_hash"], "first": rows[0].label,
+            "seeds": [each.result["protocol"]["seed"] for each in rows[0].each],
             "rows": [{**row, "verdict": verdict(row, told) if i and not row["is_teacher"] else None} for i, row in enumerate(told)],
             "classes": {"names": names, "real_distance": floor.tolist()},
             "environment": {"same": same, "differing": differing}}

@@ -8,8 +8,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,11 @@ def score(images: Tensor | Pictures, labels: Tensor, protocol: Protocol, referen
         raise ValueError(f"protocol {protocol.name!r} wants the labels {protocol.labels}: generate with balanced labels")
     if len(prompts) != protocol.prompts:
         raise ValueError(f"protocol {protocol.name!r} has {protocol.prompts} prompts, got {len(prompts)}")
-    plan, judges = protocol.plan, _judges(protocol, device)
-    texts = {name: embed(judges[name], prompts, protocol.batch_size)
-             for name in dict.fromkeys(m.extractor for m in plan.values() if m.kind == "clip")}
-    distance = diversity.load_lpips() if diversity.JUDGE in protocol.extractors else None
+    judges = judges_of(protocol, protocol.extractors, device)
+    texts = {name: embed(judges[name], prompts, protocol.batch_size) for name in readers(protocol.plan)}
+    distance = diversity.load_lpips(device) if diversity.JUDGE in protocol.extractors else None
     answers = look(seen, protocol, judges)
-    found: dict[str, Found] = {}
-    for name, measure in plan.items():
-        features, logits = answers.get(measure.key, (None, None))
-        if KINDS[measure.kind].real and measure.key not in real:
-            raise ValueError(f"the reference knows nothing of {measure.key}, which {name} is measured on: make it again with this protocol")
-        found[name] = KINDS[measure.kind].find(Seen(protocol, measure, labels, features, logits, real.get(measure.key),
-                                                    texts.get(measure.extractor), seen, distance))
+    found = measure_all(protocol.plan, answers, real, texts, Seen(protocol, Measure("", ""), labels, pictures=seen, distance=distance))
     features, logits = answers.pop(protocol.extractor)
     return Scored({name: each.estimate for name, each in found.items()}, features, labels, None if logits is None else logits.argmax(1),
                   {key: others for key, (others, _) in answers.items()}, measures.packed(found))
@@ -83,10 +76,28 @@ def _real(protocol: Protocol, reference: Real | Mapping[str, Real] | None) -> Ma
     return reference if isinstance(reference, Mapping) else {protocol.extractor: reference}
 
 
-def _judges(protocol: Protocol, device: torch.device | str) -> dict[str, Any]:
-    """The protocol's extractors, whose weights are those that it names."""
+def measure_all(plan: Mapping[str, Measure], answers: Answers, real: Mapping[str, Real], texts: Mapping[str, Tensor],
+                seen: Seen) -> dict[str, Found]:
+    """What measures find, by their names: of `seen`, and of what belongs to each of them among the answers, real data and texts."""
+    found: dict[str, Found] = {}
+    for name, measure in plan.items():
+        features, logits = answers.get(measure.key, (None, None))
+        if KINDS[measure.kind].real and measure.key not in real:
+            raise ValueError(f"the reference knows nothing of {measure.key}, which {name} is measured on: make it again with this protocol")
+        found[name] = KINDS[measure.kind].find(replace(seen, measure=measure, features=features, logits=logits, real=real.get(measure.key),
+                                                       texts=texts.get(measure.extractor)))
+    return found
+
+
+def readers(plan: Mapping[str, Measure]) -> tuple[str, ...]:
+    """The extractors that must read prompts."""
+    return tuple(dict.fromkeys(measure.extractor for measure in plan.values() if measure.kind == "clip"))
+
+
+def judges_of(protocol: Protocol, names: Collection[str], device: torch.device | str) -> dict[str, Any]:
+    """Those of a protocol's extractors, whose weights are the ones that it names."""
     judges: dict[str, Any] = {}
-    for name, wanted in protocol.extractors.items():
+    for name, wanted in ((name, digest) for name, digest in protocol.extractors.items() if name in names):
         if name != diversity.JUDGE:
             judges[name] = EXTRACTORS[name]()
         found = judges[name].sha256 if name in judges else digest_of(name)
@@ -121,14 +132,15 @@ def _joined(answers: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Te
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Versions, device, threads, and the commit where the code runs from a git checkout (None elsewhere)."""
+    """Versions, device, threads, whether TF32 is on now, and the commit where the code runs from a git checkout (None elsewhere)."""
     packages = ("stepdistill", "torch", "diffusers", "safetensors")
     device = torch.device(device)
     return {
         "python": platform.python_version(), "platform": platform.platform(),
         **{name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(), "device_type": device.type,
-        "threads": torch.get_num_threads(), "tf32": torch.backends.cuda.matmul.allow_tf32, "commit": _commit(),
+        "threads": torch.get_num_threads(), "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_cudnn": torch.backends.cudnn.allow_tf32, "commit": _commit(),
     }
 
 
@@ -160,7 +172,8 @@ def sampled(first: Tensor) -> int:
 
 def write_result(path: Path, protocol: Protocol, scored: Scored, *, model: Mapping[str, Any], sampler: Mapping[str, Any],
                  images: Tensor, speed: Mapping[str, Any], env: Mapping[str, Any], started: str, seconds: float,
-                 teacher: Mapping[str, Any] | None = None, blocks: Mapping[str, Any] | None = None) -> dict[str, Any]:
+                 teacher: Mapping[str, Any] | None = None, paired: Mapping[str, Any] | None = None,
+                 blocks: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write the result, its features and its first pictures beside it, each renamed into place and the result last; returns the result.
 
     `images` are the first pictures or all, (n, C, H, W). Other blocks of the result may be handed in as `blocks`.
@@ -171,7 +184,7 @@ def write_result(path: Path, protocol: Protocol, scored: Scored, *, model: Mappi
     kept |= {} if scored.predicted is None else {"predicted": scored.predicted}
     result = {
         "protocol": protocol.to_dict(), "protocol_hash": protocol.hash, "model": dict(model), "sampler": dict(sampler),
-        "metrics": {name: estimate.to_dict() for name, estimate in scored.metrics.items()}, "paired": {},
+        "metrics": {name: estimate.to_dict() for name, estimate in scored.metrics.items()}, "paired": dict(paired or {}),
         "teacher": None if teacher is None else dict(teacher), "speed": dict(speed), "env": dict(env), "started": started,
         "seconds": seconds, "samples": samples_path(path).name, **(blocks or {}),
     }
@@ -224,8 +237,31 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def read_tensors(path: Path, result: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """One of a result's companion files, or None where it is not there; ValueError for a damaged one or another protocol's."""
+def read_features(path: Path, result: Mapping[str, Any], key: str | None = None) -> dict[str, Tensor] | None:
+    """What the result at `path` keeps of an extractor or a `Measure.key`: features (N, d), and of the first extractor, which is meant where
+    none is named, labels (N,), predicted (N,) of a classifier, and what pairs results. None and errors as `read_tensors`."""
+    protocol = Protocol.from_dict(result["protocol"])
+    first, place = key in (None, protocol.extractor), features_path(path, key or protocol.extractor)
+    kept = read_tensors(place, result, dict.fromkeys(("features", "labels") if first else ("features",), protocol.count))
+    if kept is not None and first:
+        pairs = measures.rows_kept(protocol)
+        before = protocol.name == "fashion" and not set(pairs) & set(kept)       # results of before they kept them
+        _refuse_damaged(place, kept, ({} if before else pairs) | ({"predicted": protocol.count} if "predicted" in kept else {}))
+    return kept
+
+
+def read_samples(place: Path, result: Mapping[str, Any]) -> Tensor | None:
+    """A result's first pictures, uint8 (n, C, H, W), which it keeps at `place`. None and errors as `read_tensors`."""
+    kept = read_tensors(place, result, {"images": None})
+    return None if kept is None else kept["images"]
+
+
+def read_tensors(path: Path, result: Mapping[str, Any], rows: Mapping[str, int | None]) -> dict[str, Tensor] | None:
+    """One of a result's companion files, or None where it is not there.
+
+    `rows` names the tensors that it must hold, and how many rows each has (None: some). Raises ValueError for a damaged file, which one
+    that lacks any of them is, or for one of another protocol.
+    """
     if not path.is_file():
         return None
     try:
@@ -233,6 +269,16 @@ def read_tensors(path: Path, result: Mapping[str, Any]) -> dict[str, Tensor] | N
             stated = (file.metadata() or {}).get("protocol_hash")
         if stated != result["protocol_hash"]:
             raise ValueError(f"{path} belongs to protocol {stated}, its result to {result['protocol_hash']}: score the model again")
-        return load_file(path)
+        kept = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): score the model again") from error
+    _refuse_damaged(path, kept, rows)
+    return kept
+
+
+def _refuse_damaged(path: Path, kept: Mapping[str, Tensor], rows: Mapping[str, int | None]) -> None:
+    for name, wanted in rows.items():
+        found = len(kept[name]) if name in kept and kept[name].ndim else 0
+        if not found or found != (wanted or found):
+            told = f"{found} rows of {name} in the place of {wanted}" if found else f"it lacks {name}"
+            raise ValueError(f"{path} is damaged ({told}): score the model again")

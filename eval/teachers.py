@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.eval import alignment, drifts, metrics, score
+from stepdistill.eval import alignment, drifts, measures, metrics, score
 from stepdistill.eval.measures import KINDS
 from stepdistill.eval.protocol import Protocol, told_apart
 
@@ -24,6 +24,11 @@ GROUPS = 10                                             # of the jackknife over 
 def reference_path(result: Path) -> Path:
     """Where a teacher's result keeps the reference that its students are held against."""
     return result.with_name(f"{result.stem}.reference.safetensors")
+
+
+def made_beside(result: Path) -> Path:
+    """Where the result of a teacher goes that a student's evaluation scores first."""
+    return result.with_name(f"{result.stem}.teacher.json")
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,21 @@ class Light:
         if result["protocol_hash"] != protocol.hash:
             told = told_apart(result["protocol"], protocol)
             raise ValueError(f"{path} was scored under another protocol ({told}): score both under one")
-        samples = score.read_tensors(score.samples_path(path), result)
-        return cls(path, result, protocol, score.read_tensors(score.features_path(path, protocol.extractor), result),
-                   None if samples is None else samples["images"])
+        return cls(path, result, protocol, score.read_features(path, result), score.read_samples(score.samples_path(path), result))
+
+    def paired(self, scored: score.Scored) -> dict[str, Any]:
+        """The block `paired` of a student's result: by the digest of the teacher's weights, its differences to the teacher, by metric, of
+        those that samples of the same noise tell."""
+        if self.kept is None:
+            return {}
+        found = {}
+        for name, measure in self.protocol.plan.items():
+            mine = measures.unpacked(scored.pairs, name, scored.metrics[name])
+            its = measures.unpacked(self.kept, name, measures.estimate(self.result["metrics"][name]))
+            if (difference := KINDS[measure.kind].paired(mine, its)) is not None:
+                found[name] = {"delta": difference.value, "corrected": difference.corrected, "se": difference.se,
+                               "ci95": list(difference.ci95)}
+        return {str(self.result["model"].get("sha256")): found}
 
     def beside(self, scored: score.Scored, first: Tensor, encode: Callable[[Tensor], Tensor | None] | None = None) -> dict[str, Any]:
         """The block `teacher` of a student's result: the teacher's own metrics; `cos`, of paired features; `ratio` of what is told per

@@ -10,10 +10,13 @@ import typer
 
 from stepdistill.commands.options import Batch, Device, Json, Renoise, Shift, Solver, call_keywords, pick_device, show
 
+AGAIN = ("model", "to", "also", "reference", "prompts", "device", "as_json")            # of `eval`, where pictures are made already
+
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="an exported folder, a diffusers pipeline, teacher:fashion, or a folder of "
-                                                               "PNG pictures")],
+                                                               "PNG pictures; a result, for --also alone")],
     to: Annotated[Path, typer.Option(help="the result file, result.json")],
     protocol: Annotated[str, typer.Option(help="which exam, as `stepdistill protocols` lists them")] = "fashion",
     count: Annotated[int | None, typer.Option(min=50, help="pictures; scores of unequal counts are never compared. Default: the "
@@ -41,15 +44,23 @@ def evaluate(
 ) -> None:
     """Score a model in fp32 and write a result file with its protocol, sampler and error bars.
 
-    Several processes share the work: `torchrun --nproc-per-node 4 -m stepdistill eval MODEL --to FILE`.
+    Several processes share the work: `torchrun --nproc-per-node 4 -m stepdistill eval MODEL --to FILE`. Further measures of a result are
+    taken from the features that it kept: `stepdistill eval result.json --also density:dinov2-l14 --to more.json`.
     """
+    from stepdistill.eval.again import measure_again
     from stepdistill.eval.cards import Brought
     from stepdistill.eval.evaluate import evaluate as score
 
-    brought = Brought(reference, prompts, extractor, tuple(also or ()))
-    result = score(model, protocol, count, to, steps=steps, guidance=guidance, solver=solver, renoise=renoise, shift=shift, seed=seed,
-                   batch_size=batch_size, device=pick_device(device), features_to=features_to, brought=brought,
-                   call=call_keywords(call) or None, against=against, train=train, held_out=held_out)
+    if model.endswith(".json") and not Path(model).is_dir():
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        if given := [name for name, source in sources.items() if source and source.name == "COMMANDLINE" and name not in AGAIN]:
+            raise ValueError(f"{model} is a result, whose pictures are made already: leave --{given[0].replace('_', '-')} out")
+        result = measure_again(Path(model), also or (), to, reference=reference, prompts=prompts, device=pick_device(device))
+    else:
+        brought = Brought(reference, prompts, extractor, tuple(also or ()))
+        result = score(model, protocol, count, to, steps=steps, guidance=guidance, solver=solver, renoise=renoise, shift=shift, seed=seed,
+                       batch_size=batch_size, device=pick_device(device), features_to=features_to, brought=brought,
+                       call=call_keywords(call) or None, against=against, train=train, held_out=held_out)
     if int(os.environ.get("RANK", "0")) == 0:
         wide = max(20, *map(len, result["metrics"]))
         lines = [f"{name:<{wide}}{m['value']:>10.4f} ± {m['se']:.4f}" for name, m in result["metrics"].items()]
@@ -171,12 +182,14 @@ def compare(
     results: Annotated[list[Path], typer.Argument(help="result files of one protocol; the teacher with most steps is compared with")],
     to: Annotated[Path, typer.Option(help="a folder for report.html, report.md, report.json, the grid and the plot")],
     run: Annotated[list[Path] | None, typer.Option(help="a run folder whose training curves are shown, too; may be repeated")] = None,
+    seeds: Annotated[bool, typer.Option("--seeds", help="one row for a model's results of several seeds: mean and standard deviation over "
+                                                        "them, and of three the least distance")] = False,
     as_json: Json = False,
 ) -> None:
     """Put results of one protocol into a page: a table, picture grids, a quality-against-NFE plot, classes, and how to repeat it."""
     from stepdistill.eval.report import compare as write
 
-    report = write(results, to, run or ())
+    report = write(results, to, run or (), seeds)
     show(report, as_json, f"report in {to / 'report.html'} and {to / 'report.md'}")
 
 

@@ -63,7 +63,7 @@ def tiny(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         made = TinyClip if name in extractors.TEXT_IMAGE else TinyClassifier if name.startswith("inception") else Tiny
         monkeypatch.setitem(extractors.EXTRACTORS, name, made)
     monkeypatch.setattr(weights, "tokenizer", lambda name: None)
-    monkeypatch.setattr(diversity, "load_lpips", lambda: lambda a, b: (a - b).square().mean((1, 2, 3)))
+    monkeypatch.setattr(diversity, "load_lpips", lambda *device: lambda a, b: (a - b).square().mean((1, 2, 3)))
     monkeypatch.setattr(weights, "network", lambda name: (None, f"digest of {name}"))
     return place
 
@@ -143,6 +143,7 @@ def test_every_measure_runs_on_64_pictures(tiny: Path) -> None:
     scored = score.score(made, labels, exam, statistics, prompts=PROMPTS)
     assert tuple(scored.metrics) == exam.metrics
     assert all(torch.tensor([e.value, e.se, *e.ci95]).isfinite().all() for e in scored.metrics.values())
+    assert measures.rows_kept(exam) == {name: len(kept) for name, kept in scored.pairs.items()}
     again = score.score(real, labels, exam, statistics, prompts=PROMPTS)
     for name, measure in exam.plan.items():
         if measure.kind in ("fd", "fid", "patchfid", "frechet"):

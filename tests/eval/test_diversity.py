@@ -95,9 +95,34 @@ def test_ratio_to_the_teacher():
 # --------------------------------------------------------------------------------------------------------------------------------- lpips
 
 
+def test_lpips_is_told_without_tf32():
+    """Which cuDNN uses unless told otherwise."""
+    seen = []
+
+    def distance(a, b):
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return (a - b).square().mean((1, 2, 3))
+
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        D.lpips_distance(torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8), distance)
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert seen == [(False, False)]
+
+
+class Judge(torch.nn.Module):
+    """One number a pair."""
+
+    def forward(self, a, b):
+        return (self.net.slice1(a) - self.net.slice1(b)).square().mean((1, 2, 3))
+
+
 def judge(net: str, pnet_rand: bool, verbose: bool) -> torch.nn.Module:
     """A module that keeps AlexNet's layers under the names of the package."""
-    whole = torch.nn.Module()
+    whole = Judge()
     whole.net = torch.nn.Module()
     whole.net.slice1 = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 11))
     return whole
@@ -126,4 +151,5 @@ def test_lpips_takes_alexnet_from_converted_weights(tmp_path, monkeypatch):
     made = D.load_lpips()
     assert torch.equal(made.net.slice1[0].weight, state["features.0.weight"])
     assert not any(p.requires_grad for p in made.parameters())
+    assert D.load_lpips("meta")(*torch.rand(2, 1, 3, 16, 16)).device.type == "meta"                 # pictures come to where it is
     assert next(row for row in weights.listing() if row["name"] == D.JUDGE)["state"] == "checked"

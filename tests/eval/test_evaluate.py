@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tiny import snapshot, tiny_teacher
 from zoo import basics
 
 from stepdistill.cli import run
-from stepdistill.eval import generate, models, protocol, provenance, score, weights
+from stepdistill.eval import cards, generate, models, protocol, provenance, references, score, weights
 from stepdistill.eval.models import open_model
 from stepdistill.images import save_png, to_image
 
@@ -100,6 +101,10 @@ def test_a_student_in_the_light_of_its_teacher(world: Path, taught: Path, tmp_pa
     assert ask("compare", taught, to, "--to", tmp_path / "report") == 0
     text = (tmp_path / "report" / "report.md").read_text()
     assert "In the light of the teacher" in text
+    said = json.loads((tmp_path / "report" / "report.json").read_text())["rows"][1]["difference"]
+    assert set(said) == {"frechet_tiny_teacher_60", "kid_tiny_teacher_60"}
+    assert result["paired"] == {score.read_result(taught)["model"]["sha256"]: {
+        name: {key: block[key] for key in ("delta", "corrected", "se", "ci95")} for name, block in said.items()}}
     assert "frechet_tiny_teacher_60 ↓" in text
 
 
@@ -199,6 +204,26 @@ def test_real_pictures_and_memorised_ones(world: Path, place: Path, tmp_path: Pa
     assert score.read_result(tmp_path / "h.json")["memory"]["share"]["value"] < 0.1
     assert ask("compare", tmp_path / "r.json", tmp_path / "h.json", "--to", tmp_path / "report") == 0
     assert "Nearest training pictures" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_the_protocol_knows_how_many_real_pictures_are_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Kernels and neighbours give other numbers against fewer of them, so two such results are no table. Where only moments are read the
+    number changes nothing, and all of them are what the default says."""
+    for i, picture in enumerate(torch.randint(0, 256, (60, 3, 8, 8), generator=torch.Generator().manual_seed(1))):
+        save_png(to_image(picture.to(torch.uint8)), tmp_path / "real" / f"{i:02d}.png")
+    for name, keep in (("all", []), ("sixty", ["--keep", "60"]), ("twenty", ["--keep", "20"])):
+        reference = tmp_path / f"{name}.safetensors"
+        assert ask("reference", tmp_path / "real", "--protocol", "custom", "--extractor", "tiny", *keep, "--to", reference) == 0
+        assert ask("eval", tmp_path / "real", "--protocol", "custom", "--extractor", "tiny", "--count", "50", "--reference", reference,
+                   "--to", tmp_path / f"{name}.json") == 0
+    told = {name: score.read_result(tmp_path / f"{name}.json")["protocol"]["set_reference"] for name in ("all", "sixty", "twenty")}
+    assert told == {"all": "10,000 evenly spaced ones", "sixty": "10,000 evenly spaced ones", "twenty": "20 evenly spaced ones"}
+    capfd.readouterr()
+    assert ask("compare", tmp_path / "all.json", tmp_path / "twenty.json", "--to", tmp_path / "report") == 2
+    assert "set_reference: '10,000 evenly space... and '20 evenly spaced ones'" in capfd.readouterr().err
+    few = references.read(tmp_path / "twenty.safetensors", cards.draft(cards.CARDS["custom"], 50, 0, cards.Brought(extractor="tiny")))
+    moments = cards.draft(replace(cards.CARDS["custom"], measures=(protocol.Measure("frechet", "tiny"),)), 50, 0)
+    assert cards.set_reference(cards.CARDS["custom"], moments, few) == moments.set_reference
 
 
 # ----------------------------------------------------------------------------------------------------------------------- what is refused

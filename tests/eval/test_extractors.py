@@ -20,6 +20,7 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
 from stepdistill.eval import extractors, metrics, weights
 from stepdistill.eval.extractors import EXTRACTORS, SHIPPED, TEXT_IMAGE
+from stepdistill.eval.precision import exact
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 16}
 SMALL_CLIP = {"projection_dim": 16, "text_config": {**SMALL, "vocab_size": 10},
@@ -116,7 +117,7 @@ def test_inception_is_torch_fidelitys(inception):
 def test_inception_sees_clean_pictures_as_pillow_makes_them(inception):
     judge, images = EXTRACTORS["inception-clean"](), noise(1, 1, 64, 48)
     features, _ = extractors.extract(judge, images, 1)
-    with extractors.exact():
+    with exact(), torch.inference_mode():
         wanted = judge.trunk((pillow(images, 299).clamp(0, 255).expand(-1, 3, -1, -1) - 128) / 128).flatten(1)
     torch.testing.assert_close(features, wanted, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match=r"'inception-clean' reads pictures of one or three channels, got \(1, 2, 8, 8\)"):

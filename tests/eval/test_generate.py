@@ -1,5 +1,6 @@
 """Generation from (seed, i) alone, and the commands that make and score pictures, on the shipped teacher and on tiny students."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -47,11 +48,32 @@ def test_sample_i_depends_on_seed_and_i_alone(teacher, renoise):
     assert not torch.equal(generate(teacher, spec, 7, 6, quiet=True).images, whole.images)
 
 
+def test_pictures_are_made_without_tf32(teacher, monkeypatch):
+    """Which cuDNN uses unless told otherwise; neither does an autocast from outside reach what decodes them. Settings come back."""
+    seen, pictures = [], type(teacher).pictures
+    flags = lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"))  # noqa: E731
+    monkeypatch.setattr(type(teacher), "pictures", lambda self, x0: seen.append(flags()) or pictures(self, x0))
+    hook = teacher.denoiser.network.register_forward_pre_hook(lambda *_: seen.append(flags()))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(teacher, SamplerSpec((1.0,)), 4, 0, quiet=True)
+        assert flags() == (False, True, True)
+    hook.remove()
+    assert seen == [(False, False, False)] * 2
+
+
 def test_one_label_for_all(teacher):
     made = generate(teacher, SamplerSpec((1.0,)), 4, 0, label=lambda i: 2, quiet=True)
     assert made.labels.tolist() == [2] * 4
     assert made.images.shape == (4, 1, 16, 16)
     assert made.images.dtype == torch.uint8
+
+
+def test_a_student_is_known_by_its_recipe(student, teacher):
+    """As it lies in the export; a teacher has none."""
+    wanted = hashlib.sha256((student / "recipe.yaml").read_bytes()).hexdigest()
+    assert open_model(str(student)).describe()["recipe_sha256"] == wanted
+    assert "recipe_sha256" not in open_model(str(teacher.folder), 1, 1.0).describe()
 
 
 def test_sample_writes_numbered_pictures_and_a_grid(student, tmp_path, capfd):

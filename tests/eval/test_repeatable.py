@@ -118,7 +118,7 @@ def test_features_lie_where_they_were_asked_for(tmp_path: Path) -> None:
     assert command(["eval", "teacher:fashion", "--count", "50", "--steps", "1", "--solver", "ddim", "--to", str(tmp_path / "a.json"),
                     "--features-to", str(place)]) == 0
     result = score.read_result(tmp_path / "a.json")
-    found = score.read_tensors(place, result)
+    found = score.read_tensors(place, result, {"features": 50})
     usual = score.features_path(tmp_path / "a.json", "fashion")
     assert found is not None
     assert found["features"].shape == (50, 64)

@@ -1,12 +1,14 @@
 """Results side by side: the order of rows, paired differences, the files, and what is refused."""
 
 import json
+import statistics
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
-from stepdistill.eval import alignment, metrics, report, score
+from stepdistill.eval import alignment, measures, metrics, pairing, protocol, report, score
 
 
 def test_report(made, tmp_path):
@@ -41,7 +43,7 @@ def test_differences_are_paired(made, tmp_path, reference):
         assert block["delta"] == pytest.approx(single[name]["value"] - first["metrics"][name]["value"])
         assert block["ci95"][0] < block["corrected"] < block["ci95"][1]
     # equal covariances: the distance grows by the squared shift, and by twice the shift times the offset of the means
-    rows = score.read_tensors(score.features_path(paths[0], "fashion"), score.read_result(paths[0]))["features"].double()
+    rows = score.read_features(paths[0], score.read_result(paths[0]))["features"].double()
     offset = float((rows.mean(0) - reference.train.mean).sum())
     assert delta["frechet_fashion"]["delta"] == pytest.approx(2 * 0.1 * offset + 64 * 0.1**2, rel=1e-3)
     assert delta["frechet_fashion"]["se"] < single["frechet_fashion"]["se"]
@@ -84,6 +86,70 @@ def test_unequal_protocols_are_refused(made, tmp_path):
         report.compare([made("a", "a", 1, 0.1), made("b", "b", 1, 0.1, seed=1)], tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_results_of_three_seeds_are_one_row(made, tmp_path):
+    """Mean and standard deviation over seeds; differences are paired within each seed, and seeds are independent."""
+    shifts = {"t": (0.05, 0.07, 0.06), "s": (0.2, 0.21, 0.25)}
+    paths = {stem: [made(f"{stem}{seed}", stem, 4, shift, seed=seed, is_teacher=stem == "t") for seed, shift in enumerate(each)]
+             for stem, each in shifts.items()}
+    value = report.compare([*paths["s"], *paths["t"][::-1]], tmp_path / "out", over_seeds=True)
+    assert [row["label"] for row in value["rows"]] == ["teacher, 4 steps", "s, 4 steps"]
+    assert value["seeds"] == [0, 1, 2]
+    singles = [[metrics.Estimate(**{**score.read_result(path)["metrics"]["frechet_fashion"]}) for path in paths[stem]] for stem in "ts"]
+    for row, each in zip(value["rows"], singles, strict=True):
+        values = [one.value for one in each]
+        block = row["metrics"]["frechet_fashion"]
+        assert block["value"] == pytest.approx(statistics.fmean(values))
+        assert block["se"] == pytest.approx(statistics.stdev(values))
+        assert block["ci95"][1] - block["value"] == pytest.approx(4.3027 * block["se"] / 3**0.5)
+        assert row["seeds"]["values"]["frechet_fashion"] == values
+        assert row["seeds"]["least"] == {"frechet_min3_fashion": min(values)}
+    paired = [report.pairings(report.arrange([(path, score.read_result(path)) for path in pair]))["frechet_fashion"].difference(1, 0)
+              for pair in zip(paths["t"], paths["s"], strict=True)]
+    found = value["rows"][1]["difference"]["frechet_fashion"]
+    assert found["delta"] == pytest.approx(statistics.fmean(one.value for one in paired))
+    assert found["se"] == pytest.approx(sum(one.se**2 for one in paired) ** 0.5 / 3)
+    assert found["ci95"][0] < found["corrected"] < found["ci95"][1]
+    page = (tmp_path / "out" / "report.md").read_text()
+    for words in ("seeds 0, 1, 2, hash without the seed", "Values are means over the seeds 0, 1, 2, ±", "## Seed by seed", "| min3 |"):
+        assert words in page
+    assert sum("--seed 2" in command for row in value["rows"] for command in row["commands"]) == 2
+    two = report.compare([*paths["s"][:2], *paths["t"][:2]], tmp_path / "two", over_seeds=True)
+    assert two["rows"][0]["seeds"]["least"] == {}
+
+
+@pytest.mark.parametrize(("second", "words"), [
+    ({"stem": "b", "name": "a", "seed": 0}, "are of one model and seed 0: name one of them"),
+    ({"stem": "b", "name": "b", "seed": 1}, r"a\.json has the seeds 0 and .*b\.json has 1: score all models with the same seeds"),
+    ({"stem": "b", "name": "b", "seed": 0}, "two seeds or more"),
+])
+def test_seeds_that_do_not_go_together_are_refused(made, tmp_path, second, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        report.compare([made("a", "a", 1, 0.1), made(steps=1, shift=0.1, **second)], tmp_path / "out", over_seeds=True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_than_another_seed_is_refused(made, tmp_path):
+    paths = [made("a", "a", 1, 0.1), made("b", "a", 1, 0.1, seed=1)]
+    result = json.loads(paths[1].read_text())
+    told = {**result["protocol"], "neighbours": 4}
+    paths[1].write_text(json.dumps({**result, "protocol": told, "protocol_hash": protocol.hash_of(told)}))
+    with pytest.raises(ValueError, match=r"different protocols \(neighbours: 3 and 4\)"):
+        report.compare(paths, tmp_path / "out", over_seeds=True)
+
+
+def test_seeds_of_one_prompt_are_one_value():
+    """Prompts come again under every seed, so their means are paired; samples do not."""
+    drawn = torch.rand(3, 2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    some = metrics.Estimate(0.0, 0.0, 0.0, (0.0, 0.0), 12, 12)
+    each = [pairing.Pairing(measures.KINDS["variety"], [measures.Found(some, values=row) for row in seed]) for seed in drawn]
+    means = drawn.mean(0)
+    assert pairing.OverSeeds(each).difference(0, 1) == alignment.paired_means(means[0], means[1]).delta
+    hits = [pairing.Pairing(measures.KINDS["accuracy"], [measures.Found(some, values=row > 0.5) for row in seed]) for seed in drawn]
+    won = pairing.OverSeeds(hits).wins(0, 1)
+    assert won.ahead == pytest.approx(float(((drawn[:, 0] > 0.5) & ~(drawn[:, 1] > 0.5)).double().mean()))
 
 
 def test_other_wrong_input(made, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stepdistill.eval import extractors, metrics, protocol, score
+from stepdistill.eval import extractors, measures, metrics, protocol, report, score
 from stepdistill.images import save_png, to_image
 from stepdistill.models.load import Teacher
 from stepdistill.worlds.fashion import classifier, data
@@ -182,10 +182,10 @@ def test_round_trip(tmp_path, scored):
     assert result["metrics"]["kid_fashion"] == scored.metrics["kid_fashion"].to_dict()
     assert set(result["metrics"]["kid_fashion"]) == {"value", "corrected", "se", "ci95", "n", "groups"}
     assert set(result["env"]) >= {"python", "torch", "diffusers", "device", "threads", "commit"}
-    kept = score.read_tensors(score.features_path(path, "fashion"), result)
+    kept = score.read_features(path, result)
     assert torch.equal(kept["features"], scored.features)
     assert torch.equal(kept["predicted"], scored.predicted)
-    assert torch.equal(score.read_tensors(path.with_name(result["samples"]), result)["images"], noise(100))
+    assert torch.equal(score.read_samples(path.with_name(result["samples"]), result), noise(100))
     write(path.with_name("b.json"), scored)
     assert sorted(p.name for p in path.parent.iterdir()) == [
         f"{stem}.{kind}" for stem in "ab" for kind in ("features_fashion.safetensors", "json", "samples.safetensors")]
@@ -232,8 +232,47 @@ def test_missing_and_foreign_files(tmp_path, scored):
     result = write(tmp_path / "a.json", scored)
     features = score.features_path(tmp_path / "a.json", "fashion")
     with pytest.raises(ValueError, match="belongs to protocol"):
-        score.read_tensors(features, {**result, "protocol_hash": "0" * 16})
+        score.read_features(tmp_path / "a.json", {**result, "protocol_hash": "0" * 16})
     features.write_bytes(features.read_bytes()[:100])
     with pytest.raises(ValueError, match="damaged"):
-        score.read_tensors(features, result)
-    assert score.read_tensors(tmp_path / "none.safetensors", result) is None
+        score.read_features(tmp_path / "a.json", result)
+    assert score.read_features(tmp_path / "none.json", result) is None
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda kept: {name: value for name, value in kept.items() if name != "features"}, "it lacks features"),
+    (lambda kept: {**kept, "features": kept["features"][:99]}, "99 rows of features in the place of 100"),
+    (lambda kept: {**kept, "labels": kept["labels"][:50]}, "50 rows of labels"),
+    (lambda kept: {**kept, "predicted": kept["predicted"][:0]}, "it lacks predicted"),
+    (lambda kept: {name: value for name, value in kept.items() if name != "left/kid_fashion"}, "it lacks left/kid_fashion"),
+    (lambda kept: {**kept, "values/accuracy_fashion": kept["values/accuracy_fashion"][:99]}, "99 rows of values/accuracy_fashion"),
+])
+def test_features_that_lack_something_are_damaged(tmp_path, scored, damage, words):
+    """Though the file can be read and states the right protocol; a report would leave its differences out without a word."""
+    path = tmp_path / "a.json"
+    result = write(path, scored)
+    features = score.features_path(path, "fashion")
+    save_file(damage(load_file(features)), features, metadata={"protocol_hash": result["protocol_hash"]})
+    with pytest.raises(ValueError, match=f"a.features_fashion.safetensors is damaged \\({words}") as caught:
+        score.read_features(path, result)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=f"damaged \\({words}"):
+        report.compare([path, write_other(tmp_path, scored)], tmp_path / "out")
+
+
+def write_other(folder, scored):
+    write(folder / "b.json", scored)
+    return folder / "b.json"
+
+
+def test_damaged_samples_are_named(tmp_path, scored):
+    result = write(tmp_path / "a.json", scored)
+    samples = score.samples_path(tmp_path / "a.json")
+    save_file({"labels": labels(100)}, samples, metadata={"protocol_hash": result["protocol_hash"]})
+    with pytest.raises(ValueError, match=r"a\.samples\.safetensors is damaged \(it lacks images\)"):
+        score.read_samples(samples, result)
+
+
+def test_every_kind_leaves_what_it_says(scored):
+    """What must lie beside a result is told from its protocol alone."""
+    assert measures.rows_kept(protocol.get("fashion", 100)) == {name: len(kept) for name, kept in scored.pairs.items()}
