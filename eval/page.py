@@ -59,7 +59,7 @@ class Page:
     warning: str
     judged: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
-    scores: Table
+    scores: Sequence[Table]                              # as the formulas give them, and without bias
     glossary: Mapping[str, str]
     paired: Sequence[Table]
     costs: Sequence[Chart]
@@ -91,7 +91,8 @@ def assemble(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]], 
              for c, name in enumerate(shown) if pictures}
     return Page(
         title=tables.title(report), lead=lead, warning=tables.warning(report), judged=[row for row in rows if row["verdict"]], notes=notes,
-        scores=tables.scores(report), glossary=tables.glossary(report), paired=tables.paired(report), costs=_costs(report),
+        scores=[tables.scores(report), *tables.without_bias(report)], glossary=tables.glossary(report), paired=tables.paired(report),
+        costs=_costs(report),
         class_charts=_class_charts(report), class_tables=tables.by_class(report), grids=grids,
         runs=[(training, _curves(training, f"run{i}")) for i, training in enumerate(trainings)],
         protocol={"hash": report["protocol_hash"], **{k: _told(v) for k, v in protocol.items()}},
@@ -141,8 +142,8 @@ def _costs(report: Mapping[str, Any]) -> list[Chart]:
         if not points:                                  # of folders of pictures nobody knows what they took
             continue
         words = "; ".join(f"{point.label}: {point.y:.3g} at {point.x:.4g}" for point in points)
-        caption = ("Lower and further left is better; bars are 95 % intervals of the generated sample. The dotted steps are the Pareto "
-                   f"front, which no cheaper model beats by its value: {'; '.join(point.label for point in charts.front(points))}. {more}")
+        caption = (f"Lower and further left is better{charts.without_bias(report['rows'])}; bars are 95 % intervals of the generated sample. "
+                   f"The dotted steps are the Pareto front, which no cheaper model beats by its value: {'; '.join(point.label for point in charts.front(points))}. {more}")
         figure = charts.plot_quality(points, axis, f"{head}, lower is better", charts.COST)
         made.append(Chart(name, caption.strip(), charts.svg(figure, cost, f"{name}. {words}")))
     return made

@@ -100,7 +100,8 @@ def compare(results: list[Path], to: Path, runs: Sequence[Path] = ()) -> dict[st
     temporary.mkdir()
     try:
         head, count = next(iter(rows[0].result["metrics"])), report["protocol"]["count"]
-        title = f"{head}, {'lower' if arrow(head) == '↓' else 'higher'} is better ({count:,} pictures, bars: 95 % of the generated sample)"
+        title = (f"{head}, {'lower' if arrow(head) == '↓' else 'higher'} is better{charts.without_bias(report['rows'])}\n"
+                 f"({count:,} pictures, bars: 95 % of the generated sample)")
         if points := charts.points(report["rows"], "nfe"):
             charts.plot_quality(points, charts.NFE, title).savefig(temporary / "quality_vs_nfe.png", dpi=160)
         if pictures and (names := report["classes"]["names"]):

@@ -43,6 +43,7 @@ def evaluate(
 
     Several processes share the work: `torchrun --nproc-per-node 4 -m stepdistill eval MODEL --to FILE`.
     """
+    from stepdistill.eval import tables
     from stepdistill.eval.cards import Brought
     from stepdistill.eval.evaluate import evaluate as score
 
@@ -52,7 +53,8 @@ def evaluate(
                    call=call_keywords(call) or None, against=against, train=train, held_out=held_out)
     if int(os.environ.get("RANK", "0")) == 0:
         wide = max(20, *map(len, result["metrics"]))
-        lines = [f"{name:<{wide}}{m['value']:>10.4f} ± {m['se']:.4f}" for name, m in result["metrics"].items()]
+        lines = [f"{name:<{wide}}{m['value']:>10.4f} ± {m['se']:.4f}"
+                 + (f"    without bias {tables.unbiased(m)}" if tables.biased(m) else "") for name, m in result["metrics"].items()]
         show(result, as_json, "\n".join([*lines, f"written to {to}"]))
 
 

@@ -160,7 +160,7 @@ def test_no_text_leaves_its_figure(four):
     dots = [charts.Dots(row["label"], row["series"], row["is_teacher"], row["classes"]["distance"]["value"], [0.1] * 10) for row in rows]
     figures = [charts.plot_quality(charts.points(rows, cost), axis, "frechet_fashion, lower is better", charts.COST)
                for cost, axis in (("nfe", charts.NFE), ("ms_per_image", charts.MS))]
-    long = [charts.Point(f"{'long' * 12}{i}", f"{'long' * 12}{i}", False, i + 1, i + 1, 0.1) for i in range(8)]
+    long = [charts.Point(f"{'long' * 12}{i}", f"{'long' * 12}{i}", False, i + 1, i + 1, i + 0.9, i + 1.1) for i in range(8)]
     figures += [charts.plot_quality(many, charts.NFE, size=charts.COST) for many in (long[:2], long)]
     figures += [charts.plot_classes(names, dots, "squared distance of mean features to real ones", real=[0.1] * 10),
                 charts.plot_curves({f"grad/{role}": [(0, 0.01), (9000, 5.0)] for role in ("disc", "fake", "student")}, logarithmic=True)]
@@ -239,6 +239,33 @@ def test_verdicts_say_what_the_differences_say(four):
         assert tables.delta(block) in said["text"]
         assert said["text"] in four.page.words
         assert said["text"] in four.markdown
+
+
+def test_values_without_bias_stand_beside_their_intervals(four):
+    """Of the jackknifed measures alone: a share has no bias to take off. Both files have the table, the figure those values."""
+    (table,) = tables.without_bias(four.value)
+    assert table.heads == ("model", "frechet_fashion ↓", "kid_fashion ↓")
+    for row, line, point in zip(four.value["rows"], table.rows, charts.points(four.value["rows"], "nfe"), strict=True):
+        block = row["metrics"]["frechet_fashion"]
+        corrected, low, high = (float(part.strip("[],")) for part in line[1].split())
+        assert (corrected, low, high) == pytest.approx((block["corrected"], *block["ci95"]), abs=block["se"] / 10)
+        assert corrected < block["value"] - block["se"] / 10                    # so few pictures that the bias is plain to see
+        assert (point.y, point.low, point.high) == (block["corrected"], *block["ci95"])
+        assert line[1] in four.page.words
+        assert f"| {' | '.join(line)} |" in four.markdown
+    free = ("recall_fashion", "accuracy_fashion")
+    shares = [{**row, "metrics": {name: row["metrics"][name] for name in free}} for row in four.value["rows"]]
+    assert tables.without_bias({"rows": shares}) == []
+    assert charts.without_bias(shares) == ""
+    assert "values without bias" in four.page.words
+
+
+def test_a_bar_is_drawn_around_its_mark():
+    """An interval that is not symmetric keeps its two ends."""
+    points = [charts.Point("a", "a", False, 1, 0.9, 0.7, 0.95), charts.Point("b", "b", False, 2, 0.5, 0.4, 0.6)]
+    figure = charts.plot_quality(points, charts.NFE)
+    ends = [[float(y) for y in bar.get_segments()[0][:, 1]] for box in figure.axes[0].containers for bar in box[2]]
+    assert ends == [pytest.approx([0.7, 0.95]), pytest.approx([0.4, 0.6])]
 
 
 def test_nothing_is_claimed_without_features(made, tmp_path):
@@ -324,7 +351,7 @@ def test_classes_add_up_to_the_whole(four):
 
 
 def test_the_pareto_front():
-    made = [charts.Point(str(i), "", False, x, y, 0.0) for i, (x, y) in enumerate([(1, 5), (2, 6), (2, 4), (3, 4), (8, 1)])]
+    made = [charts.Point(str(i), "", False, x, y, y, y) for i, (x, y) in enumerate([(1, 5), (2, 6), (2, 4), (3, 4), (8, 1)])]
     assert [point.label for point in charts.front(made)] == ["0", "2", "4"]
 
 
