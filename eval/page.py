@@ -81,9 +81,7 @@ def assemble(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]], 
     lead = f"{' and '.join(who)}: {protocol['count']:,} pictures of {protocol['dataset']} each, from the same seeds."
     lead += f" All are held against the first row: {report['first']}." if len(rows) > 1 else ""
     notes = [tables.ERRORS]
-    if students > 3:
-        notes.append(f"{students} students are held against the first row. The intervals are not widened for their number; for a claim "
-                     "the p value, adjusted for it (Holm), must be below 0.05.")
+    notes += [tables.correction(report)] if tables.correction(report) else []
     if alone := [row["label"] for row in rows if not row["features"]]:
         notes.append(f"Without features beside its result, and so without paired differences: {'; '.join(alone)}.")
     shown = names or ["The first prompts"]
@@ -142,8 +140,9 @@ def _costs(report: Mapping[str, Any]) -> list[Chart]:
         if not points:                                  # of folders of pictures nobody knows what they took
             continue
         words = "; ".join(f"{point.label}: {point.y:.3g} at {point.x:.4g}" for point in points)
-        caption = (f"Lower and further left is better{charts.without_bias(report['rows'])}; bars are 95 % intervals of the generated sample. "
-                   f"The dotted steps are the Pareto front, which no cheaper model beats by its value: {'; '.join(point.label for point in charts.front(points))}. {more}")
+        ahead = "; ".join(point.label for point in charts.front(points))
+        caption = (f"Lower and further left is better{charts.without_bias(report['rows'])}; bars are 95 % intervals of the generated "
+                   f"sample. The dotted steps are the Pareto front, which no cheaper model beats by its value: {ahead}. {more}")
         figure = charts.plot_quality(points, axis, f"{head}, lower is better", charts.COST)
         made.append(Chart(name, caption.strip(), charts.svg(figure, cost, f"{name}. {words}")))
     return made

@@ -22,12 +22,11 @@ from stepdistill.eval import alignment, benchmarks, breakdown, charts, curves, m
 from stepdistill.eval.measures import KINDS, Found, Kind, Seen
 from stepdistill.eval.metrics import Estimate
 from stepdistill.eval.protocol import Protocol, fashion_reference, told_apart
-from stepdistill.eval.tables import arrow, delta, enough, markdown, number, plural
+from stepdistill.eval.tables import arrow, delta, enough, many, markdown, number, p_value, plural
 from stepdistill.images import grid, save_png
 from stepdistill.worlds.fashion.data import CLASSES
 
 SHOWN = 8                                               # pictures of each row, where they have no classes
-FEW = 3                                                 # comparisons that need no correction for their number
 
 
 @dataclass(frozen=True)
@@ -218,27 +217,30 @@ def judge(name: str, difference: Estimate, pictures: int | None = None, p: float
 def differences(rows: Sequence[Row], paired: Mapping[str, Pairing]) -> list[dict[str, Any] | None]:
     """Paired difference of each row to the first, by metric, where both kept their features; None for the first row.
 
-    Of more than FEW such rows each difference has a p value, too, adjusted for their number (Holm).
+    Where the rows that have such differences are `tables.many`, each difference has a p value, too, adjusted for their number (Holm).
     """
     count, out = rows[0].result["protocol"]["count"], []
     found = {str(i): {name: e for name, pairing in paired.items() if (e := pairing.difference(i, 0)) is not None}
              for i in range(1, len(rows))}
-    many = {name: alignment.holm({row: alignment.p_value(each[name]) for row, each in found.items() if name in each})
-            for name in paired} if len(found) > FEW else {}
+    adjusted = {name: alignment.holm({row: alignment.p_value(each[name]) for row, each in found.items() if name in each})
+                for name in paired} if many(sum(map(bool, found.values()))) else {}
     for row, each in found.items():
-        p = {name: many[name][row] for name in each if many}
+        p = {name: adjusted[name][row] for name in each if adjusted}
         out.append({name: {"delta": e.value, "corrected": e.corrected, "se": e.se, "ci95": list(e.ci95),
-                           "verdict": judge(name, e, count, p.get(name, 0.0)), **({"p_holm": p[name]} if many else {})}
+                           "verdict": judge(name, e, count, p.get(name, 0.0)), **({"p_holm": p[name]} if adjusted else {})}
                     for name, e in each.items()})
     return [None, *out]
 
 
 def best(rows: Sequence[Row], name: str, pairing: Pairing) -> int | None:
-    """The row that is better than every other one by `judge`, if one is."""
+    """The row that is better than every other one by `judge`, if one is; p values are adjusted where the others are many, too."""
     sign, count = 1 if arrow(name) == "↑" else -1, rows[0].result["protocol"]["count"]
     top = max(range(len(rows)), key=lambda i: sign * rows[i].metric(name)["value"])
     found = [pairing.difference(top, i) for i in range(len(rows)) if i != top]
-    return top if all(e is not None and judge(name, e, count) == "better" for e in found) else None
+    told = [e for e in found if e is not None]
+    p = alignment.holm({str(i): alignment.p_value(e) for i, e in enumerate(told)}) if many(len(found)) else {}
+    ahead = [judge(name, e, count, p.get(str(i), 0.0)) == "better" for i, e in enumerate(told)]
+    return top if len(told) == len(found) and all(ahead) else None
 
 
 def _wins(paired: Mapping[str, Pairing], row: int) -> dict[str, Any]:
@@ -305,7 +307,8 @@ def verdict(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[s
     else:
         word = block["verdict"]
         small = f"too {'small' if enough(row['metrics'][head]['n']) else 'uncertain from so few pictures'} to call either better"
-        said.append(f"Paired difference {delta(block)}, {small if word == 'undecided' else f'so {word}'}.")
+        p = f", p {p_value(block)} adjusted for the number of rows" if p_value(block) else ""
+        said.append(f"Paired difference {delta(block)}{p}, {small if word == 'undecided' else f'so {word}'}.")
     if cut := [other for other in rows[1:] if other["is_teacher"] and row["nfe"] <= other["nfe"] < first["nfe"]]:
         least = min(cut, key=lambda other: int(other["nfe"]))
         said.append(f"The teacher itself, cut to {plural(least['nfe'], 'evaluation')}, is at {value(least)}.")

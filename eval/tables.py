@@ -12,10 +12,11 @@ from stepdistill.eval.measures import KINDS
 from stepdistill.eval.provenance import TIMING
 
 ENOUGH = 1000                                           # pictures, below which no difference is claimed: a rule of thumb
+FEW = 3                                                 # comparisons that need no correction for their number
 ABREAST = 6                                             # models beside one another in a table of classes: as many as paper holds
-ERRORS = ("Values are what the formula gives on all pictures, with its bias if it has one, ± one standard error of the generated sample: what other seeds would move. "
-          "Each student is one training run; the spread between training runs is not in it. NFE: network evaluations for one picture, "
-          "both halves of guidance counted. w: the guidance scale, 1 where none is said.")
+ERRORS = ("Values are what the formula gives on all pictures, with its bias if it has one, ± one standard error of the generated sample: what "
+          "other seeds would move. Each student is one training run; the spread between training runs is not in it. NFE: network "
+          "evaluations for one picture, both halves of guidance counted. w: the guidance scale, 1 where none is said.")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,25 @@ def enough(count: int) -> bool:
     return count >= ENOUGH
 
 
+def many(comparisons: int) -> bool:
+    """Whether so many differences to one row are too many for each to be judged as if it were alone."""
+    return comparisons > FEW
+
+
+def compared(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows that have a paired difference to the first one, students and samplings of the teacher alike: as many as Holm counts."""
+    return [row for row in report["rows"] if row["difference"]]
+
+
+def correction(report: Mapping[str, Any]) -> str:
+    """Of a report with many comparisons: what is asked of each for their number; empty where they are few."""
+    count = len(compared(report))
+    if not many(count):
+        return ""
+    return (f"{count} rows are held against the first. The intervals are not widened for their number; a claim needs a p value, adjusted "
+            "for it (Holm), of 0.05 or less.")
+
+
 def warning(report: Mapping[str, Any]) -> str:
     """Of pictures that are too few for any claim; empty where they are enough."""
     count = report["protocol"]["count"]
@@ -93,6 +113,13 @@ def delta(block: Mapping[str, Any]) -> str:
     return f"{number(block['delta'], block['se'])} [{low}, {high}]"
 
 
+def p_value(block: Mapping[str, Any]) -> str:
+    """That of a paired difference, adjusted for the number of comparisons; empty where they are few."""
+    if "p_holm" not in block:
+        return ""
+    return "< 0.001" if block["p_holm"] < 0.001 else f"{block['p_holm']:.3f}"
+
+
 def biased(block: Mapping[str, Any]) -> bool:
     """Whether a metric's value has a bias that its `corrected` value is without."""
     return bool(block["corrected"] != block["value"])
@@ -108,9 +135,8 @@ def unbiased(block: Mapping[str, Any]) -> str:
 def without_bias(report: Mapping[str, Any]) -> list[Table]:
     """The metrics whose formula is biased, without their bias; none where every formula is free of it."""
     names = [name for name in report["rows"][0]["metrics"] if any(biased(row["metrics"][name]) for row in report["rows"])]
-    note = ("By the formula alone a value is off by about c/N, with c of every model its own; the jackknife takes that off. In brackets the "
-            "95 % interval, which stands around this value. Papers print the values above; values of unequal numbers of pictures compare "
-            "here alone.")
+    note = ("By the formula alone a value is off by about c/N, with c of every model its own; the jackknife takes that off. In brackets "
+            "the 95 % interval, which stands around this value. Papers print the values above.")
     rows = [(row["label"], *(unbiased(row["metrics"][name]) for name in names)) for row in report["rows"]]
     return [Table("Without bias", note, ("model", *(f"{name} {arrow(name)}" for name in names)), rows)] if names else []
 
@@ -121,7 +147,8 @@ def scores(report: Mapping[str, Any]) -> Table:
     rows = [(row["label"], str(row["nfe"]), *(number(row["metrics"][n]["value"], row["metrics"][n]["se"]) for n in names),
              f"{row['ms_per_image']:.2f}") for row in report["rows"]]
     best = frozenset((i, 2 + names.index(name)) for i, row in enumerate(report["rows"]) for name in row["best"])
-    star = "★ better than every other row by more than two paired standard errors." if best else ""
+    adjusted = ", with a p value of 0.05 or less, adjusted for their number (Holm)" if many(len(rows) - 1) else ""
+    star = f"★ better than every other row by more than two paired standard errors{adjusted}." if best else ""
     heads = ("model", "NFE", *(f"{name} {arrow(name)}" for name in names), "ms / image")
     return Table("All measures", f"{star} {timing(report)}".strip(), heads, rows, best)
 
@@ -129,12 +156,14 @@ def scores(report: Mapping[str, Any]) -> Table:
 def paired(report: Mapping[str, Any]) -> list[Table]:
     """The differences to the first row, and what is won and lost against it, where there are any."""
     names, tables = list(report["rows"][0]["metrics"]), []
-    if compared := [row for row in report["rows"] if row["difference"]]:
-        shown = [name for name in names if any(name in row["difference"] for row in compared)]
-        rows = [(row["label"], *(delta(row["difference"][n]) if n in row["difference"] else "" for n in shown)) for row in compared]
+    if held := compared(report):
+        shown = [name for name in names if any(name in row["difference"] for row in held)]
+        with_p = many(len(held))
+        rows = [(row["label"], *(cell for name in shown for cell in _difference(row["difference"].get(name), with_p))) for row in held]
         note = ("Same noise, same labels, same groups, so what both models share cancels. In brackets the 95 % interval, which stands "
                 "around the difference without its bias; one that holds 0 shows no difference.")
-        tables.append(Table(f"Difference to {report['first']}", note, ("model", *shown), rows))
+        heads = ("model", *(head for name in shown for head in ((name, f"p, {name}") if with_p else (name,))))
+        tables.append(Table(f"Difference to {report['first']}", f"{note} {correction(report)}".strip(), heads, rows))
     if counted := [row for row in report["rows"] if row["wins"]]:
         shown = [name for name in names if any(name in row["wins"] for row in counted)]
         rows = [(row["label"], *(cell for name in shown for cell in _won(row["wins"].get(name)))) for row in counted]
@@ -145,6 +174,11 @@ def paired(report: Mapping[str, Any]) -> list[Table]:
         heads = ("model", *(head for name in shown for head in (f"{name}: only this row", "only the other", "won by this row")))
         tables.append(Table(f"Won and lost against {report['first']}", note, heads, rows))
     return tables + in_light(report)
+
+
+def _difference(block: Mapping[str, Any] | None, with_p: bool) -> tuple[str, ...]:
+    cells = ("", "") if block is None else (delta(block), p_value(block))
+    return cells if with_p else cells[:1]
 
 
 def _said(block: Mapping[str, Any] | None) -> str:

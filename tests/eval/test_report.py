@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from stepdistill.eval import alignment, metrics, report, score
+from stepdistill.eval import alignment, metrics, report, score, tables
 
 
 def test_report(made, tmp_path):
@@ -113,3 +113,32 @@ def test_many_comparisons_ask_for_more_than_one():
     assert [block["frechet_fashion"]["verdict"] for block in few] == ["better"] * 2
     assert [block["frechet_fashion"]["verdict"] for block in many] == ["undecided"] * 5
     assert many[0]["frechet_fashion"]["p_holm"] == pytest.approx(5 * alignment.p_value(found))
+    assert "p_holm" not in few[0]["frechet_fashion"]
+
+
+def test_the_best_of_many_needs_more_than_the_best_of_few():
+    """2.2 standard errors ahead of every other row: a star among three rows, none among six."""
+    found = metrics.Estimate(-1.0, -1.0, 0.45, (-1.93, -0.07), 5000, 25)
+    pairing = SimpleNamespace(difference=lambda i, j: found)
+    rows = [SimpleNamespace(result={"protocol": {"count": 5000}}, metric=lambda name, i=i: {"value": float(i)}) for i in range(6)]
+    assert [report.best(rows[:n], "frechet_fashion", pairing) for n in (3, 6)] == [0, None]
+
+
+def test_the_page_counts_the_comparisons_that_holm_counts(made, tmp_path):
+    """Every row with a difference, be it the teacher's; one without features is none."""
+    paths = [made("t", "teacher:fashion", 50, 0.1, is_teacher=True), made("t1", "teacher:fashion", 1, 0.6, is_teacher=True),
+             made("a", "a", 1, 0.2), made("b", "b", 1, 0.3), made("c", "c", 1, 0.4, with_features=False)]
+    for extra, told in (((), ""), ((made("d", "d", 1, 0.1001),), "4 rows are held against the first.")):
+        value = report.compare([*paths, *extra], tmp_path / "out")
+        text, page = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
+        (table,) = (t for t in tables.paired(value) if t.title.startswith("Difference"))
+        assert tables.correction(value).startswith(told)
+        assert all(("p_holm" in block) == bool(extra) for row in value["rows"][1:] for block in row["difference"].values())
+        assert ("p, frechet_fashion" in table.heads) == bool(extra)
+        assert all(len(row) == len(table.heads) for row in table.rows)
+        if extra:
+            assert page.count(told) == 2                                        # above the tables, and in the one of the differences
+            assert all(f"| {' | '.join(row)} |" in text for row in table.rows)
+            p = dict(zip(table.heads, table.rows[-1], strict=True))["p, frechet_fashion"]
+            assert p == tables.p_value(value["rows"][-1]["difference"]["frechet_fashion"])
+            assert f"p {p} adjusted" in value["rows"][-1]["verdict"]["text"]
