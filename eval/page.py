@@ -25,6 +25,7 @@ TEMPLATE = "page.html"
 MARKS = {"better": "▲", "worse": "▼", "undecided": "≈", "unpaired": "?",      # beside a word, for those who see no colours
          "healthy": "✓", "ill": "▼", "unknown": "?"}
 SHOWN = 4                                               # pictures of each class and model
+CLASSES, CAPTION = 20, 160                              # most grids of classes, and characters of a prompt above one
 LARGE = 56                                              # CSS pixels that a small picture is shown wide, about
 GAP, MIDDLE = 1, 128                                    # pixels between pictures, and their grey: seen on black and on white
 TOGETHER = re.compile(r"\[.*?\]| ?[±=] ?|≠ | (?=[%↓↑]|steps?\b)")              # of a sentence, on one line
@@ -63,9 +64,10 @@ class Page:
     glossary: Mapping[str, str]
     paired: Sequence[Table]
     costs: Sequence[Chart]
+    prompted: bool                                       # whether it is taken apart by prompts, or by classes
     class_charts: Sequence[Chart]
     class_tables: Sequence[Table]
-    grids: Mapping[str, Sequence[Strip]]                 # by class
+    grids: Sequence[tuple[str, Sequence[Strip]]]         # by class or prompt
     runs: Sequence[tuple[Training, Sequence[Chart]]]
     protocol: Mapping[str, str]
     environment: Mapping[str, str]                       # what all rows share
@@ -74,8 +76,9 @@ class Page:
 
 
 def assemble(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]], trainings: Sequence[Training]) -> Page:
-    """From report.json's content, each row's label and first pictures (uint8, (n, C, H, W), sample i of class i mod classes), and runs."""
-    rows, protocol, names = report["rows"], report["protocol"], report["classes"]["names"]
+    """From report.json's content, each row's label and first pictures (uint8, (n, C, H, W), sample i of class or prompt i mod their
+    number), and runs."""
+    rows, protocol = report["rows"], report["protocol"]
     students, teachers = tables.sides(report)
     who = [tables.plural(students, "student")] * bool(students) + [f"{tables.plural(teachers, 'sampling')} of the teacher"] * bool(teachers)
     lead = f"{' and '.join(who)}: {protocol['count']:,} pictures of {protocol['dataset']} each, from the same seeds."
@@ -84,14 +87,12 @@ def assemble(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]], 
     notes += [tables.correction(report)] if tables.correction(report) else []
     if alone := [row["label"] for row in rows if not row["features"]]:
         notes.append(f"Without features beside its result, and so without paired differences: {'; '.join(alone)}.")
-    shown = names or ["The first prompts"]
-    grids = {name: [strip(label, f"{name} by {label}, {SHOWN} seeds", images[c :: len(shown)][:SHOWN]) for label, images in pictures]
-             for c, name in enumerate(shown) if pictures}
     return Page(
         title=tables.title(report), lead=lead, warning=tables.warning(report), judged=[row for row in rows if row["verdict"]], notes=notes,
         scores=[tables.scores(report), *tables.without_bias(report)], glossary=tables.glossary(report), paired=tables.paired(report),
         costs=_costs(report),
-        class_charts=_class_charts(report), class_tables=tables.by_class(report), grids=grids,
+        prompted="prompts" in protocol, class_charts=_class_charts(report),
+        class_tables=tables.by_class(report), grids=_grids(report, pictures),
         runs=[(training, _curves(training, f"run{i}")) for i, training in enumerate(trainings)],
         protocol={"hash": report["protocol_hash"], **{k: _told(v) for k, v in protocol.items()}},
         environment=report["environment"]["same"], made=_made(report), commands=[row["command"] for row in rows])
@@ -131,6 +132,22 @@ def strip(model: str, words: str, pictures: Tensor) -> Strip:
     return Strip(model, f"data:image/png;base64,{uri}", times * image.width, times * image.height, words)
 
 
+def _grids(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]]) -> list[tuple[str, list[Strip]]]:
+    """Of each class, or of the first prompts or classes where they are many; of large pictures fewer, which would make a heavy page."""
+    if not pictures:
+        return []
+    protocol, names = report["protocol"], report["classes"]["names"]
+    shown, turns = names[:CLASSES] or report["prompts"]["first"], max(1, protocol.get("prompts", 0) or protocol["classes"])
+    seeds = SHOWN
+    if pictures[0][1].shape[-1] > 2 * LARGE:
+        shown, seeds = shown[:SHOWN], 1 if shown else SHOWN
+    if not shown:
+        shown, turns = ["The first pictures"], 1
+    picked = [(name, [(label, images[i::turns][:seeds]) for label, images in pictures if len(images) > i]) for i, name in enumerate(shown)]
+    return [(charts.shortened(name, CAPTION), [strip(label, f"{name} by {label}, {tables.plural(len(some), 'seed')}", some)
+                                              for label, some in strips]) for name, strips in picked if strips]
+
+
 def _costs(report: Mapping[str, Any]) -> list[Chart]:
     """The first metric against network evaluations and milliseconds."""
     head, made = next(iter(report["rows"][0]["metrics"])), []
@@ -151,8 +168,11 @@ def _costs(report: Mapping[str, Any]) -> list[Chart]:
 def _class_charts(report: Mapping[str, Any]) -> list[Chart]:
     """What goes wrong in which class; the tables have the numbers."""
     names, protocol, made = report["classes"]["names"], report["protocol"], []
+    if not tables.few_classes(names):
+        return []
+    labelled = next((name for name in report["rows"][0]["metrics"] if name.startswith("accuracy")), "accuracy")
     wrong, far = (_dots(report, kind, reach) for kind, reach in
-                  (("accuracy", metrics.Z95), ("distance", metrics.student_t(protocol["groups"] - 1))))
+                  ((labelled, metrics.Z95), ("distance", metrics.student_t(protocol["groups"] - 1))))
     if wrong:
         wrong = [replace(dot, values=[1 - value for value in dot.values]) for dot in wrong]
         least = protocol["classes"] / protocol["count"]

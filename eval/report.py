@@ -12,13 +12,14 @@ import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepdistill.eval import alignment, benchmarks, breakdown, charts, curves, measures, metrics, page, provenance, score
+from stepdistill.eval import alignment, benchmarks, breakdown, charts, curves, measures, metrics, page, provenance, score, tables
 from stepdistill.eval.measures import KINDS, Found, Kind, Seen
 from stepdistill.eval.metrics import Estimate
 from stepdistill.eval.protocol import Protocol, fashion_reference, told_apart
@@ -64,14 +65,23 @@ class Row:
         block = self.metric(name)
         return Estimate(**{**block, "ci95": tuple(block["ci95"])})
 
-    def features(self) -> dict[str, Tensor] | None:
-        """What the result kept beside it: features (N, d), labels (N,), and where a classifier answered `predicted` (N,)."""
-        return score.read_tensors(score.features_path(self.path, self.result["protocol"]["extractor"]), self.result)
+    @cached_property
+    def kept(self) -> dict[str, Tensor] | None:
+        """What the result kept beside it: features (N, d), labels (N,), where a classifier answered `predicted` (N,), prompts, and what
+        pairs results."""
+        found = score.read_tensors(score.features_path(self.path, self.result["protocol"]["extractor"]), self.result)
+        return None if found is None else _completed(found, Protocol.from_dict(self.result["protocol"]))
 
-    def pictures(self) -> Tensor | None:
-        """Its first pictures, uint8 (n, C, H, W)."""
-        tensors = score.read_tensors(self.path.with_name(self.result["samples"]), self.result) if self.result["samples"] else None
-        return None if tensors is None else tensors["images"]
+    @cached_property
+    def samples(self) -> dict[str, Tensor]:
+        """Its first pictures, uint8 (n, C, H, W), as `images`, with their prompts; nothing where none are kept."""
+        found = score.read_tensors(self.path.with_name(self.result["samples"]), self.result) if self.result["samples"] else None
+        return found or {}
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All prompts where it kept features, those of the first pictures where it kept only these, or none."""
+        return score.prompts_in(self.kept or {}) or score.prompts_in(self.samples)
 
 
 def compare(results: list[Path], to: Path, runs: Sequence[Path] = ()) -> dict[str, Any]:
@@ -92,7 +102,7 @@ def compare(results: list[Path], to: Path, runs: Sequence[Path] = ()) -> dict[st
     trainings = [curves.read(run) for run in runs]
     rows = arrange(loaded)
     report = {**gather(rows), "runs": [training.to_dict() for training in trainings]}
-    pictures = [(row.label, images) for row in rows if (images := row.pictures()) is not None]
+    pictures = [(row.label, row.samples["images"]) for row in rows if row.samples]
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary = to.with_name(f".{to.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -103,7 +113,8 @@ def compare(results: list[Path], to: Path, runs: Sequence[Path] = ()) -> dict[st
                  f"({count:,} pictures, bars: 95 % of the generated sample)")
         if points := charts.points(report["rows"], "nfe"):
             charts.plot_quality(points, charts.NFE, title).savefig(temporary / "quality_vs_nfe.png", dpi=160)
-        if pictures and (names := report["classes"]["names"]):
+        grey = all(images.shape[1] == 1 for _, images in pictures)
+        if pictures and (names := report["classes"]["names"]) and tables.few_classes(names) and grey:
             charts.plot_samples(pictures, names).savefig(temporary / "samples.png", dpi=160)
         elif pictures:
             alike = [images[:SHOWN] for _, images in pictures if images.shape[1:] == pictures[0][1].shape[1:]]
@@ -184,10 +195,8 @@ def pairings(rows: Sequence[Row]) -> dict[str, Pairing]:
     if len(rows) < 2:
         return {}
     protocol, out = Protocol.from_dict(rows[0].result["protocol"]), {}
-    kept = [None if (tensors := row.features()) is None else _completed(tensors, protocol) for row in rows]
     for name, measure in protocol.plan.items():
-        found = [None if tensors is None else measures.unpacked(tensors, name, row.estimate(name))
-                 for row, tensors in zip(rows, kept, strict=True)]
+        found = [None if row.kept is None else measures.unpacked(row.kept, name, row.estimate(name)) for row in rows]
         made = [None if one is None or (one.left is None and one.values is None) else one for one in found]
         if any(made):
             out[name] = Pairing(KINDS[measure.kind], made)
@@ -258,21 +267,50 @@ def _judged(row: Row, first: Row) -> dict[str, Any]:
 
 
 def _by_class(row: Row, protocol: Protocol, real: Tensor | None) -> dict[str, Any] | None:
-    """Values and standard errors of each class: squared distance of the mean features to real ones (classes, d), and accuracy."""
-    kept = row.features()
-    if kept is None or real is None:
+    """By metric what each class has: means of its samples' values with standard errors, or the value that is told of a class, without one.
+    `distance`: squared distance of the mean features to real ones (classes, d), where these are known."""
+    kept = row.kept
+    if kept is None or not protocol.classes:
         return None
-    member = metrics.members(protocol.count, protocol.groups, protocol.classes)
-    found = {"distance": breakdown.class_distances(kept["features"], kept["labels"], real, member)}
-    if "predicted" in kept:
-        found["accuracy"] = breakdown.class_accuracies(kept["predicted"], kept["labels"], protocol.classes)
-    return {name: {"value": [e.value for e in estimates], "se": [e.se for e in estimates]} for name, estimates in found.items()}
+    found: dict[str, Any] = {}
+    for name, measure in protocol.plan.items():
+        values = kept.get(f"values/{name}")
+        if values is not None and KINDS[measure.kind].unit == "sample":
+            found[name] = _block(breakdown.by_class(values, kept["labels"], protocol.classes))
+        elif values is not None:
+            found[name] = {"value": values.tolist(), "se": None}
+    if real is not None:
+        member = metrics.members(protocol.count, protocol.groups, protocol.classes)
+        found["distance"] = _block(breakdown.class_distances(kept["features"], kept["labels"], real, member))
+    return found
+
+
+def _block(estimates: Sequence[Estimate]) -> dict[str, list[float]]:
+    return {"value": [e.value for e in estimates], "se": [e.se for e in estimates]}
+
+
+def _by_prompt(rows: Sequence[Row], protocol: Protocol) -> dict[str, Any]:
+    """`first`: the texts of the first prompts. `extremes`: by metric, of those that have a value for each prompt, the numbers and texts of
+    the best and the worst, and each row's values of these (None without features)."""
+    if not protocol.prompts:
+        return {"first": [], "extremes": {}}
+    texts = max((row.prompts for row in rows), key=len)
+    found: dict[str, Any] = {}
+    for name, measure in protocol.plan.items():
+        told = [None if row.kept is None else row.kept.get(f"values/{name}") for row in rows]
+        known = [values for values in told if values is not None]
+        if KINDS[measure.kind].unit == "prompt" and known:
+            chosen = breakdown.extremes(torch.stack(known), KINDS[measure.kind].better == "↑")
+            found[name] = {"count": len(known[0]), "chosen": chosen,
+                           "texts": [texts[i] if i < len(texts) else f"prompt {i}" for i in chosen],
+                           "values": [None if values is None else values[chosen].tolist() for values in told]}
+    return {"first": list(texts[:SHOWN]), "extremes": found}
 
 
 def gather(rows: Sequence[Row]) -> dict[str, Any]:
     """report.json's content but for the runs: every row with what can be said of it."""
     protocol, paired = Protocol.from_dict(rows[0].result["protocol"]), pairings(rows)
-    real, names, floor = None, [], torch.zeros(0)
+    real, names, floor = None, [f"class {c}" for c in range(protocol.classes)], torch.zeros(0)
     if protocol.name == "fashion":
         reference, names = fashion_reference(), list(CLASSES)
         real = breakdown.class_means(reference.test_features, reference.test_labels, protocol.classes)
@@ -282,13 +320,13 @@ def gather(rows: Sequence[Row]) -> dict[str, Any]:
     told = [{"label": row.label, "series": row.series, "result": str(row.path), "is_teacher": row.is_teacher, "nfe": row.nfe,
              "ms_per_image": row.ms, "metrics": row.result["metrics"], "best": [name for name, leader in leading.items() if leader == i],
              "difference": difference, "wins": _wins(paired, i) if i else None, "classes": _by_class(row, protocol, real),
-             "features": row.features() is not None, "teacher": row.result["teacher"], "memory": row.result.get("memory"),
+             "features": row.kept is not None, "teacher": row.result["teacher"], "memory": row.result.get("memory"),
              "judges": _judged(row, rows[0]), "groups": row.result.get("groups"),
              **provenance.origin(row.result), "command": provenance.command(row.result, row.path.name)}
             for i, (row, difference) in enumerate(zip(rows, differences(rows, paired), strict=True))]
     return {"protocol": rows[0].result["protocol"], "protocol_hash": rows[0].result["protocol_hash"], "first": rows[0].label,
             "rows": [{**row, "verdict": verdict(row, told) if i and not row["is_teacher"] else None} for i, row in enumerate(told)],
-            "classes": {"names": names, "real_distance": floor.tolist()},
+            "classes": {"names": names, "real_distance": floor.tolist()}, "prompts": _by_prompt(rows, protocol),
             "environment": {"same": same, "differing": differing}}
 
 

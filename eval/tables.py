@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from stepdistill.eval import breakdown
 from stepdistill.eval.measures import KINDS
 from stepdistill.eval.provenance import TIMING
 
 ENOUGH = 1000                                           # pictures, below which no difference is claimed: a rule of thumb
 FEW = 3                                                 # comparisons that need no correction for their number
 ABREAST = 6                                             # models beside one another in a table of classes: as many as paper holds
-ERRORS = ("Values are what the formula gives on all pictures, with its bias if it has one, ± one standard error of the generated sample: what "
-          "other seeds would move. Each student is one training run; the spread between training runs is not in it. NFE: network "
+DISTANCES = ("Squared distance between the mean features of the class's pictures and of real test pictures, ± one standard error. Real: "
+             "the same of real training pictures.")
+ERRORS = ("Values are what the formula gives on all pictures, with its bias if it has one, ± one standard error of the generated sample: "
+          "what other seeds would move. Each student is one training run; the spread between training runs is not in it. NFE: network "
           "evaluations for one picture, both halves of guidance counted. w: the guidance scale, 1 where none is said.")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -226,37 +231,65 @@ def _won(block: Mapping[str, Any] | None) -> tuple[str, str, str]:
 
 
 def by_class(report: Mapping[str, Any]) -> list[Table]:
-    """Accuracy and distance of every class, for the rows that kept their features."""
-    names, real = report["classes"]["names"], report["classes"]["real_distance"]
-    kinds = {
-        "accuracy": ("Accuracy by class", "Share of the class's pictures that the classifier takes for it, ± one standard error."),
-        "distance": ("Distance by class", "Squared distance between the mean features of the class's pictures and of real test pictures, "
-                     "± one standard error. Real: the same of real training pictures."),
-    }
+    """What is told of every class, for the rows that kept it; of many classes the best and the worst."""
+    names, real, tables = report["classes"]["names"], report["classes"]["real_distance"], []
+    told = [(row["label"], row["classes"]) for row in report["rows"] if row["classes"]]
+    for kind in dict.fromkeys(kind for _, classes in told for kind in classes):
+        shown = [(label, classes[kind]) for label, classes in told if kind in classes]
+        values, better = torch.tensor([block["value"] for _, block in shown]), "↓" if kind == "distance" else arrow(kind)
+        chosen = list(range(values.shape[1])) if few_classes(names) else breakdown.extremes(values, better == "↑")
+        last = {c: (f"{real[c]:.3g}",) if kind == "distance" else () for c in chosen}
+        note = DISTANCES if kind == "distance" else "± one standard error." if shown[0][1]["se"] else "Of all pictures of a class together."
+        between = _between(values.shape[1], chosen)
+        for some, title in _abreast(shown, "Distance by class" if kind == "distance" else f"{kind} by class"):
+            rows = [(names[c], *(_of_class(block, c) for _, block in some), *last[c]) for c in chosen]
+            heads = ("class", *(label for label, _ in some), *(("real",) if kind == "distance" else ()))
+            tables.append(Table(title, "" if title.endswith("continued") else f"{note} {between}".strip(), heads, rows))
+    return tables + by_prompt(report) + by_group(report)
+
+
+def few_classes(names: Sequence[str]) -> bool:
+    """Whether there are so few that all are shown."""
+    return len(names) <= 2 * breakdown.EACH
+
+
+def _between(count: int, chosen: Sequence[int]) -> str:
+    """What stands in a table of the best and the worst; nothing where all stand in it."""
+    some = breakdown.EACH
+    return "" if len(chosen) == count else f"The {some} best and the {some} worst of {count:,}, best first, by the mean of all models."
+
+
+def _of_class(block: Mapping[str, Any], c: int) -> str:
+    return number(block["value"][c], block["se"][c]) if block["se"] else f"{block['value'][c]:.4g}"
+
+
+def _abreast(shown: Sequence[T], title: str) -> list[tuple[Sequence[T], str]]:
+    """So many models as a table holds, and its title."""
+    return [(shown[start : start + ABREAST], f"{title}, continued" if start else title) for start in range(0, len(shown), ABREAST)]
+
+
+def by_prompt(report: Mapping[str, Any]) -> list[Table]:
+    """The best and the worst prompts of every measure that has a value for each prompt, for the rows that kept them."""
     tables = []
-    for kind, (name, note) in kinds.items():
-        if shown := [row for row in report["rows"] if kind in (row["classes"] or {})]:
-            last = [(f"{value:.3g}",) if kind == "distance" else () for value in real]
-            for start in range(0, len(shown), ABREAST):
-                some = shown[start : start + ABREAST]
-                rows = [(label, *(number(row["classes"][kind]["value"][c], row["classes"][kind]["se"][c]) for row in some), *last[c])
-                        for c, label in enumerate(names)]
-                heads = ("class", *(row["label"] for row in some), *(("real",) if kind == "distance" else ()))
-                tables.append(Table(f"{name}, continued" if start else name, "" if start else note, heads, rows))
-    return tables + by_group(report)
+    for name, found in report["prompts"]["extremes"].items():
+        shown = [(row["label"], values) for row, values in zip(report["rows"], found["values"], strict=True) if values]
+        note = _between(found["count"], found["chosen"]) or "Best first, by the mean of all models."
+        for some, title in _abreast(shown, f"{name} by prompt"):
+            rows = [(text, *(f"{values[i]:.4g}" for _, values in some)) for i, text in enumerate(found["texts"])]
+            tables.append(Table(title, "" if title.endswith("continued") else note, ("prompt", *(label for label, _ in some)), rows))
+    return tables
 
 
 def by_group(report: Mapping[str, Any]) -> list[Table]:
     """What the prompts of each group got, of a protocol that has groups."""
     told, tables = [row for row in report["rows"] if row["groups"]], []
     for name in dict.fromkeys(name for row in told for name in row["groups"]):
-        shown = [row for row in told if name in row["groups"]]
-        groups = list(dict.fromkeys(group for row in shown for group in row["groups"][name]))
-        for start in range(0, len(shown), ABREAST):
-            some = [(row["label"], row["groups"][name]) for row in shown[start : start + ABREAST]]
+        shown = [(row["label"], row["groups"][name]) for row in told if name in row["groups"]]
+        groups = list(dict.fromkeys(group for _, found in shown for group in found))
+        for some, title in _abreast(shown, f"{name} by group"):
             rows = [(group, *(number(found[group]["value"], found[group]["se"]) if group in found else "" for _, found in some))
                     for group in groups]
-            tables.append(Table(f"{name} by group{', continued' if start else ''}", "" if start else "± one standard error over prompts.",
+            tables.append(Table(title, "" if title.endswith("continued") else "± one standard error over prompts.",
                                 ("group", *(label for label, _ in some)), rows))
     return tables
 

@@ -176,7 +176,13 @@ def test_a_folder_of_pictures_is_what_its_model_is(world: Path, prompted: Path, 
     assert mine["teacher"]["ratio"]["variety_tiny_m8"]["value"] == pytest.approx(1, abs=1e-2)
     assert mine["teacher"]["cos"]["value"] == pytest.approx(1, abs=1e-4)
     assert ask("compare", prompted, tmp_path / "p.json", "--to", tmp_path / "report") == 0
-    assert "Difference to teacher" in (tmp_path / "report" / "report.md").read_text()
+    text, page = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("md", "html"))
+    assert "Difference to teacher" in text
+    kept = load_file(prompted.with_name("t.features_tiny.safetensors"))["values/variety_tiny_m8"]
+    order = [PROMPTS[i] for i in kept.argsort(descending=True)]
+    lines = text.partition("## variety_tiny_m8 by prompt")[2].partition("##")[0].splitlines()
+    assert sorted(line.split("|")[1].strip() for line in lines if line.startswith(("| a", "| two"))) == sorted(order)
+    assert all(f"<caption>{prompt}</caption>" in page for prompt in PROMPTS)
 
 
 def test_real_pictures_and_memorised_ones(world: Path, place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -190,6 +196,10 @@ def test_real_pictures_and_memorised_ones(world: Path, place: Path, tmp_path: Pa
     assert ask("reference", tmp_path / "held", *open_ended, "--to", tmp_path / "held.safetensors") == 0
     train = ["--train", place / "protocols" / "custom" / "reference.safetensors", "--held-out", tmp_path / "held.safetensors"]
     assert ask("eval", tmp_path / "train", *open_ended, "--count", "60", *train, "--to", tmp_path / "r.json") == 0
+    told = {line.split()[0]: line for line in capfd.readouterr().out.splitlines()}
+    block = value(tmp_path / "r.json", "frechet")
+    assert f" without bias {block['corrected']:.1f}"[:-3] in told["frechet_tiny_real_60"]
+    assert "without bias" not in told["precision_tiny_real_60"]
     found = score.read_result(tmp_path / "r.json")["memory"]
     assert found["share"]["value"] == 1
     assert found["held_out"]["value"] < 0.1

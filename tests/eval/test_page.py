@@ -343,11 +343,13 @@ def test_classes_add_up_to_the_whole(four):
     """Balanced labels: the mean of the classes' accuracies is the accuracy; and the tables show every class."""
     value = four.value
     for row in value["rows"]:
-        shares = row["classes"]["accuracy"]["value"]
+        shares = row["classes"]["accuracy_fashion"]["value"]
         assert sum(shares) / len(shares) == pytest.approx(row["metrics"]["accuracy_fashion"]["value"])
         assert min(row["classes"]["distance"]["value"]) > 0
+        shares = row["classes"]["precision_fashion"]["value"]
+        assert sum(shares) / len(shares) == pytest.approx(row["metrics"]["precision_fashion"]["value"])
     for name in value["classes"]["names"]:
-        assert four.markdown.count(f"\n| {name} |") == 2
+        assert four.markdown.count(f"\n| {name} |") == 3                        # precision, accuracy, distance
 
 
 def test_the_pareto_front():
@@ -444,6 +446,55 @@ def test_a_folder_that_is_no_run_is_refused(made, tmp_path, capfd):
     assert command(["compare", str(path), "--to", str(tmp_path / "out"), "--run", str(tmp_path / "none")]) == 2
     assert "is not a run" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_best_and_the_worst_are_found():
+    """By the means over the models, of columns of values; all of them where they are few."""
+    values = torch.stack([torch.arange(30.0), torch.arange(30.0).flip(0) * 3])
+    assert breakdown.extremes(values, upwards=True, each=2) == [0, 1, 28, 29]
+    assert breakdown.extremes(values, upwards=False, each=2) == [29, 28, 1, 0]
+    assert breakdown.extremes(values[:, :4], upwards=False, each=2) == [3, 2, 1, 0]
+
+
+def test_of_many_classes_the_best_and_the_worst_are_shown():
+    """With their own errors, and without where a class has one value."""
+    blocks = {"accuracy_x": {"value": [i / 100 for i in range(50)], "se": [0.001] * 50}, "variety_x": {"value": [0.5] * 50, "se": None}}
+    told = {"rows": [{"label": "student", "classes": blocks, "groups": None}, {"label": "pictures", "classes": None, "groups": None}],
+            "classes": {"names": [f"class {c}" for c in range(50)], "real_distance": []}, "prompts": {"first": [], "extremes": {}}}
+    accuracy, variety = tables.by_class(told)
+    assert [row[0] for row in accuracy.rows] == [f"class {c}" for c in (*range(49, 39, -1), *range(9, -1, -1))]
+    assert accuracy.heads == ("class", "student")
+    assert accuracy.rows[0][1] == "0.4900 ± 0.0010"
+    assert "10 worst of 50" in accuracy.note
+    assert variety.rows[0][1] == "0.5"
+
+
+def test_prompts_are_shown_with_their_words():
+    extremes = {"clip_x": {"count": 30, "chosen": [4, 2], "texts": ["a cat", "a | dog"], "values": [[0.25, 0.125], None, [0.5, 0.375]]}}
+    told = {"rows": [{"label": label, "classes": None, "groups": None} for label in ("teacher", "pictures", "student")],
+            "classes": {"names": [], "real_distance": []}, "prompts": {"first": [], "extremes": extremes}}
+    (table,) = tables.by_class(told)
+    assert table.heads == ("prompt", "teacher", "student")
+    assert table.rows == [("a cat", "0.25", "0.5"), ("a | dog", "0.125", "0.375")]
+    assert "of 30" in table.note
+
+
+WORDS = ["a cat", "a dog", "snow", "rain", "fog"]
+
+
+@pytest.mark.parametrize(("side", "captions", "width"), [(8, WORDS, 4), (200, WORDS[:4], 1)])
+def test_grids_have_the_words_of_their_prompts(side, captions, width):
+    """Picture i has prompt i mod their number; of large pictures there are fewer."""
+    pictures = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(100, 3, side, side)
+    told = {"protocol": {"prompts": 20, "classes": 0}, "classes": {"names": []},
+            "prompts": {"first": WORDS, "extremes": {}}}
+    found = page._grids(told, [("mine", pictures)])
+    assert [name for name, _ in found] == captions
+    read = np.array(Image.open(io.BytesIO(base64.b64decode(found[1][1][0].uri.partition(",")[2]))))
+    assert [int(read[0, (side + 1) * i, 0]) for i in range(width)] == [1, 21, 41, 61][:width]
+    assert read.shape[1] == (side + 1) * width - 1
+    ((caption, _),) = page._grids({**told, "prompts": {"first": [], "extremes": {}}}, [("mine", pictures)])
+    assert caption == "The first pictures"
 
 
 def test_groups_of_prompts_stand_side_by_side():
