@@ -70,7 +70,7 @@ def points(rows: Sequence[Mapping[str, Any]], cost: Literal["nfe", "ms_per_image
     """The first metric of report.json's rows, without its bias as its interval is, against one of their costs, where that is known."""
     head = next(iter(rows[0]["metrics"]))
     return [Point(row["label"], row["series"], row["is_teacher"], row[cost], block["corrected"], *block["ci95"])
-            for row in rows for block in (row["metrics"][head],) if row[cost] > 0]
+            for row in rows for block in (row["metrics"][head],) if (row[cost] or 0) > 0]
 
 
 def without_bias(rows: Sequence[Mapping[str, Any]]) -> str:

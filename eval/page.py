@@ -95,7 +95,7 @@ def assemble(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]], 
         class_tables=tables.by_class(report), grids=_grids(report, pictures),
         runs=[(training, _curves(training, f"run{i}")) for i, training in enumerate(trainings)],
         protocol={"hash": report["protocol_hash"], **{k: _told(v) for k, v in protocol.items()}},
-        environment=report["environment"]["same"], made=_made(report), commands=[row["command"] for row in rows])
+        environment=report["environment"]["same"], made=tables.made(report), commands=[row["command"] for row in rows])
 
 
 def _told(value: Any) -> str:
@@ -206,19 +206,3 @@ def _curves(training: Training, name: str) -> list[Chart]:
         made.append(Chart(curve.title, f"{', '.join(lines)}. Healthy: {curve.healthy}.",
                           charts.svg(charts.plot_curves(lines, curve.logarithmic), f"{name}-{i}", f"{curve.title}. {words}")))
     return made
-
-
-def _made(report: Mapping[str, Any]) -> Table:
-    """Where each row came from, and the fields of the environment that differ."""
-    differing = report["environment"]["differing"]
-    rows = [(row["label"], (row["weights"] or "")[:12], row["trained"] or "", _times(row["times"]), row["started"][:16].replace("T", " "),
-             *(values[i][:12] if field == "commit" else values[i] for field, values in differing.items()))
-            for i, row in enumerate(report["rows"])]
-    return Table("Row by row", "≠ marks what is not the same in all rows." if differing else "",
-                 ("model", "weights", "trained by", "times", "scored", *(f"≠ {field}" for field in differing)), rows)
-
-
-def _times(times: Sequence[float]) -> str:
-    """The first and the last where they are many, on one line; report.json has all."""
-    told = [f"{t:.3g}" for t in times]
-    return ",\u00a0".join(told if len(told) <= SHOWN else [*told[: SHOWN - 1], "…", told[-1]])

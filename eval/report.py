@@ -1,4 +1,4 @@
-"""Results of one protocol side by side: report.html, report.md, report.json, quality_vs_nfe.png, samples.png.
+"""Results of one protocol side by side: report.html, report.md, report.json, quality_vs_nfe.png, quality_vs_ms.png, samples.png.
 
 A difference is claimed where it is beyond two paired standard errors and its 95 % interval on one side of zero. Where there is no paired
 error, as of recall or of a row whose features were not kept, nothing is claimed.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.eval import alignment, benchmarks, breakdown, charts, curves, measures, metrics, page, provenance, score, tables
+from stepdistill.eval import alignment, benchmarks, breakdown, charts, curves, measures, metrics, page, provenance, score, tables, timings
 from stepdistill.eval.measures import KINDS, Found, Kind, Seen
 from stepdistill.eval.metrics import Estimate
 from stepdistill.eval.protocol import Protocol, fashion_reference, told_apart
@@ -84,12 +84,13 @@ class Row:
         return score.prompts_in(self.kept or {}) or score.prompts_in(self.samples)
 
 
-def compare(results: list[Path], to: Path, runs: Sequence[Path] = ()) -> dict[str, Any]:
-    """Write the report into the folder `to`, with the training curves of `runs`; returns report.json's content.
+def compare(results: list[Path], to: Path, runs: Sequence[Path] = (), speed: Path | None = None) -> dict[str, Any]:
+    """Write the report into the folder `to`, with the training curves of `runs` and the milliseconds of `speed`, a file of `bench speed`;
+    returns report.json's content.
 
-    Raises ValueError for results of unequal protocols, naming the fields that differ, and FileNotFoundError or ValueError for a result or a
-    run that is none. Teachers come first, the one of most steps (and of those the best) at the head; every paired difference is to that
-    first row.
+    Raises ValueError for results of unequal protocols, naming the fields that differ, and FileNotFoundError or ValueError for a result, a
+    run or a file of timings that is none, or that times no model of these. Teachers come first, the one of most steps (and of those the
+    best) at the head; every paired difference is to that first row.
     """
     if to.exists() and not to.is_dir():
         raise ValueError(f"{to} is a file: name a folder with --to")
@@ -101,7 +102,7 @@ def compare(results: list[Path], to: Path, runs: Sequence[Path] = ()) -> dict[st
     _refuse_mixed(loaded)
     trainings = [curves.read(run) for run in runs]
     rows = arrange(loaded)
-    report = {**gather(rows), "runs": [training.to_dict() for training in trainings]}
+    report = {**gather(rows, None if speed is None else timings.read(speed)), "runs": [training.to_dict() for training in trainings]}
     pictures = [(row.label, row.samples["images"]) for row in rows if row.samples]
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary = to.with_name(f".{to.name}.partial")
@@ -111,8 +112,11 @@ def compare(results: list[Path], to: Path, runs: Sequence[Path] = ()) -> dict[st
         head, count = next(iter(rows[0].result["metrics"])), report["protocol"]["count"]
         title = (f"{head}, {'lower' if arrow(head) == '↓' else 'higher'} is better{charts.without_bias(report['rows'])}\n"
                  f"({count:,} pictures, bars: 95 % of the generated sample)")
-        if points := charts.points(report["rows"], "nfe"):
-            charts.plot_quality(points, charts.NFE, title).savefig(temporary / "quality_vs_nfe.png", dpi=160)
+        drawn = (("quality_vs_nfe.png", charts.points(report["rows"], "nfe"), charts.NFE),
+                 ("quality_vs_ms.png", charts.points(report["rows"], "ms_per_image"), charts.MS))
+        for name, points, axis in drawn:
+            if points:
+                charts.plot_quality(points, axis, title).savefig(temporary / name, dpi=160)
         grey = all(images.shape[1] == 1 for _, images in pictures)
         if pictures and (names := report["classes"]["names"]) and tables.few_classes(names) and grey:
             charts.plot_samples(pictures, names).savefig(temporary / "samples.png", dpi=160)
@@ -307,8 +311,11 @@ def _by_prompt(rows: Sequence[Row], protocol: Protocol) -> dict[str, Any]:
     return {"first": list(texts[:SHOWN]), "extremes": found}
 
 
-def gather(rows: Sequence[Row]) -> dict[str, Any]:
-    """report.json's content but for the runs: every row with what can be said of it."""
+def gather(rows: Sequence[Row], speed: timings.Timings | None = None) -> dict[str, Any]:
+    """report.json's content but for the runs: every row with what can be said of it. Milliseconds are those of `speed` where it is given:
+    None for a row that it does not time."""
+    clocked = [None for _ in rows] if speed is None else speed.told([row.result for row in rows])
+    block = None if speed is None else speed.describe(clocked)
     protocol, paired = Protocol.from_dict(rows[0].result["protocol"]), pairings(rows)
     real, names, floor = None, [f"class {c}" for c in range(protocol.classes)], torch.zeros(0)
     if protocol.name == "fashion":
@@ -318,16 +325,17 @@ def gather(rows: Sequence[Row]) -> dict[str, Any]:
     leading = {name: best(rows, name, pairing) for name, pairing in paired.items()}
     same, differing = provenance.environments([row.result for row in rows])
     told = [{"label": row.label, "series": row.series, "result": str(row.path), "is_teacher": row.is_teacher, "nfe": row.nfe,
-             "ms_per_image": row.ms, "metrics": row.result["metrics"], "best": [name for name, leader in leading.items() if leader == i],
+             "ms_per_image": row.ms if block is None else ms and ms[block["span"]], "ms": ms, "metrics": row.result["metrics"],
+             "best": [name for name, leader in leading.items() if leader == i],
              "difference": difference, "wins": _wins(paired, i) if i else None, "classes": _by_class(row, protocol, real),
              "features": row.kept is not None, "teacher": row.result["teacher"], "memory": row.result.get("memory"),
              "judges": _judged(row, rows[0]), "groups": row.result.get("groups"),
              **provenance.origin(row.result), "command": provenance.command(row.result, row.path.name)}
-            for i, (row, difference) in enumerate(zip(rows, differences(rows, paired), strict=True))]
+            for i, (row, ms, difference) in enumerate(zip(rows, clocked, differences(rows, paired), strict=True))]
     return {"protocol": rows[0].result["protocol"], "protocol_hash": rows[0].result["protocol_hash"], "first": rows[0].label,
             "rows": [{**row, "verdict": verdict(row, told) if i and not row["is_teacher"] else None} for i, row in enumerate(told)],
             "classes": {"names": names, "real_distance": floor.tolist()}, "prompts": _by_prompt(rows, protocol),
-            "environment": {"same": same, "differing": differing}}
+            "environment": {"same": same, "differing": differing}, "speed": block}
 
 
 def verdict(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -11,9 +11,11 @@ import torch
 from stepdistill.eval import breakdown
 from stepdistill.eval.measures import KINDS
 from stepdistill.eval.provenance import TIMING
+from stepdistill.eval.timings import SPANS
 
 ENOUGH = 1000                                           # pictures, below which no difference is claimed: a rule of thumb
 FEW = 3                                                 # comparisons that need no correction for their number
+TIMES = 4                                               # of a sampler that are told, where it has more
 ABREAST = 6                                             # models beside one another in a table of classes: as many as paper holds
 DISTANCES = ("Squared distance between the mean features of the class's pictures and of real test pictures, ± one standard error. Real: "
              "the same of real training pictures.")
@@ -98,7 +100,14 @@ def warning(report: Mapping[str, Any]) -> str:
 
 
 def timing(report: Mapping[str, Any]) -> str:
-    """Of milliseconds that were taken in different ways; empty where they were not."""
+    """Of the file that the milliseconds are from, or of milliseconds that were taken in different ways; empty where there is no such thing
+    to say."""
+    if told := report["speed"]:
+        env, missing = told["env"], [row["label"] for row in report["rows"] if row["ms"] is None]
+        where = f"{env['device']}, {env['threads']} threads" if env["device_type"] == "cpu" else env["device"]
+        last = f" Not timed there: {'; '.join(missing)}." if missing else ""
+        return (f"Milliseconds are medians for one picture of {plural(told['batch'], 'picture')} at a time, models in turn, in "
+                f"{env['precision']} on {where}, by `stepdistill bench speed`; figures show {_span(told['span'])}.{last}")
     unequal = [field for field in TIMING if field in report["environment"]["differing"]]
     if not unequal:
         return ""
@@ -116,6 +125,17 @@ def delta(block: Mapping[str, Any]) -> str:
     places = len(number(0, block["se"]).split(" ")[0].partition(".")[2])
     low, high = (f"{x:+.{places}f}" for x in block["ci95"])
     return f"{number(block['delta'], block['se'])} [{low}, {high}]"
+
+
+def _span(span: str) -> str:
+    return span.replace("_", " ")
+
+
+def _milliseconds(row: Mapping[str, Any], spans: Sequence[str]) -> list[str]:
+    """Of the timed spans, or where nothing was timed apart those of the scoring itself."""
+    if not spans:
+        return [f"{row['ms_per_image']:.2f}"]
+    return [f"{row['ms'][span]:.2f}" if row["ms"] and row["ms"][span] is not None else "" for span in spans]
 
 
 def p_value(block: Mapping[str, Any]) -> str:
@@ -149,12 +169,14 @@ def without_bias(report: Mapping[str, Any]) -> list[Table]:
 def scores(report: Mapping[str, Any]) -> Table:
     """Every metric of every row."""
     names = list(report["rows"][0]["metrics"])
+    spans = [span for span in SPANS if any((row["ms"] or {}).get(span) is not None for row in report["rows"])]
     rows = [(row["label"], str(row["nfe"]), *(number(row["metrics"][n]["value"], row["metrics"][n]["se"]) for n in names),
-             f"{row['ms_per_image']:.2f}") for row in report["rows"]]
+             *_milliseconds(row, spans)) for row in report["rows"]]
     best = frozenset((i, 2 + names.index(name)) for i, row in enumerate(report["rows"]) for name in row["best"])
     adjusted = ", with a p value of 0.05 or less, adjusted for their number (Holm)" if many(len(rows) - 1) else ""
     star = f"★ better than every other row by more than two paired standard errors{adjusted}." if best else ""
-    heads = ("model", "NFE", *(f"{name} {arrow(name)}" for name in names), "ms / image")
+    heads = ("model", "NFE", *(f"{name} {arrow(name)}" for name in names), *(f"ms, {_span(span)}" for span in spans))
+    heads = heads if spans else (*heads, "ms / image")
     return Table("All measures", f"{star} {timing(report)}".strip(), heads, rows, best)
 
 
@@ -294,6 +316,31 @@ def by_group(report: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def made(report: Mapping[str, Any]) -> Table:
+    """Where each row came from, and the fields of the environment that differ."""
+    differing = report["environment"]["differing"]
+    rows = [(row["label"], (row["weights"] or "")[:12], row["trained"] or "", _times(row["times"]), row["started"][:16].replace("T", " "),
+             *(values[i][:12] if field == "commit" else values[i] for field, values in differing.items()))
+            for i, row in enumerate(report["rows"])]
+    return Table("Row by row", "≠ marks what is not the same in all rows." if differing else "",
+                 ("model", "weights", "trained by", "times", "scored", *(f"≠ {field}" for field in differing)), rows)
+
+
+def _times(times: Sequence[float]) -> str:
+    """The first and the last where they are many, on one line; report.json has all."""
+    told = [f"{t:.3g}" for t in times]
+    return ",\u00a0".join(told if len(told) <= TIMES else [*told[: TIMES - 1], "…", told[-1]])
+
+
+def _environment(report: Mapping[str, Any]) -> list[str]:
+    """What the rows share and what they do not, and the commands that make them again, in Markdown."""
+    table = made(report)
+    return ["", "## Environment", "", "The same for every row:", "",
+            *(f"- {field}: {value}" for field, value in report["environment"]["same"].items()), "",
+            *([table.note, ""] if table.note else []), *_lines(table), "", "## How to repeat it", "", "```",
+            *(row["command"] for row in report["rows"]), "```"]
+
+
 def _lines(table: Table) -> list[str]:
     """A table in Markdown, without its title and note."""
     line = lambda cells: f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"                                       # noqa: E731
@@ -312,7 +359,8 @@ def _health(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def markdown(report: Mapping[str, Any], with_samples: bool) -> str:
-    """What was measured, the table, the students in words, the differences, the classes, the health of the runs, the pictures."""
+    """What was measured, the table, the students in words, the differences, the classes or prompts, the health of the runs, the
+    pictures, the environment."""
     table = scores(report)
     lines = [f"# {title(report)}", "", *([f"**{warning(report)}**", ""] if warning(report) else [])]
     lines += [f"Protocol `{report['protocol']['name']}`, seed {report['protocol']['seed']}, hash `{report['protocol_hash']}`. {ERRORS}", ""]
@@ -325,5 +373,8 @@ def markdown(report: Mapping[str, Any], with_samples: bool) -> str:
     lines += _health(report["runs"])
     if any(row["nfe"] for row in report["rows"]):
         lines += ["", f"![{next(iter(report['rows'][0]['metrics']))} against network evaluations](quality_vs_nfe.png)"]
+    if any(row["ms_per_image"] for row in report["rows"]):
+        lines += ["", f"![{next(iter(report['rows'][0]['metrics']))} against milliseconds](quality_vs_ms.png)"]
     lines += ["", "![samples of every model from the same seeds](samples.png)"] if with_samples else []
+    lines += _environment(report)
     return "\n".join(lines) + "\n"

@@ -173,12 +173,13 @@ def compare(
     results: Annotated[list[Path], typer.Argument(help="result files of one protocol; the teacher with most steps is compared with")],
     to: Annotated[Path, typer.Option(help="a folder for report.html, report.md, report.json, the grid and the plot")],
     run: Annotated[list[Path] | None, typer.Option(help="a run folder whose training curves are shown, too; may be repeated")] = None,
+    speed: Annotated[Path | None, typer.Option(help="a file of `stepdistill bench speed --to`, for the milliseconds")] = None,
     as_json: Json = False,
 ) -> None:
     """Put results of one protocol into a page: a table, picture grids, a quality-against-NFE plot, classes, and how to repeat it."""
     from stepdistill.eval.report import compare as write
 
-    report = write(results, to, run or ())
+    report = write(results, to, run or (), speed)
     show(report, as_json, f"report in {to / 'report.html'} and {to / 'report.md'}")
 
 

@@ -386,6 +386,18 @@ def test_commands_open_the_same_sampler():
         assert stated == {key: getattr(opened.spec, key) for key in stated}
 
 
+def test_markdown_tells_the_environment(four):
+    """As the page does: what the rows share, what they do not, row by row, and how each is made again."""
+    told = four.markdown.partition("## Environment")[2]
+    assert "- torch: 2.0\n" in told
+    assert "- threads" not in told
+    table = tables.made(four.value)
+    assert table.heads[-1] == "≠ threads"
+    assert [row[-1] for row in table.rows] == ["1", "1", "2", "1"]
+    assert all(f"| {' | '.join(row)} |" in told for row in table.rows)
+    assert all(row["command"] in told for row in four.value["rows"])
+
+
 def test_a_command_says_what_it_cannot(made):
     at = json.loads(made("t", "my teacher", 2, 0.1, is_teacher=True, times=[0.9, 0.2]).read_text())
     assert provenance.command(at, "t.json").endswith("# at times that no option names")
