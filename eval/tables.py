@@ -15,6 +15,7 @@ from stepdistill.eval.timings import SPANS
 
 ENOUGH = 1000                                           # pictures, below which no difference is claimed: a rule of thumb
 FEW = 3                                                 # comparisons that need no correction for their number
+SPOKEN = dict(zip(SPANS, ("of the denoiser", "with text encoders", "with decoder"), strict=True))
 TIMES = 4                                               # of a sampler that are told, where it has more
 ABREAST = 6                                             # models beside one another in a table of classes: as many as paper holds
 DISTANCES = ("Squared distance between the mean features of the class's pictures and of real test pictures, ± one standard error. Real: "
@@ -106,8 +107,8 @@ def timing(report: Mapping[str, Any]) -> str:
         env, missing = told["env"], [row["label"] for row in report["rows"] if row["ms"] is None]
         where = f"{env['device']}, {env['threads']} threads" if env["device_type"] == "cpu" else env["device"]
         last = f" Not timed there: {'; '.join(missing)}." if missing else ""
-        return (f"Milliseconds are medians for one picture of {plural(told['batch'], 'picture')} at a time, models in turn, in "
-                f"{env['precision']} on {where}, by `stepdistill bench speed`; figures show {_span(told['span'])}.{last}")
+        return (f"Milliseconds are medians for one picture at batch size {told['batch']}, models in turn, in {env['precision']} on "
+                f"{where}, by stepdistill bench speed; the figure has those {SPOKEN[told['span']]}.{last}")
     unequal = [field for field in TIMING if field in report["environment"]["differing"]]
     if not unequal:
         return ""
@@ -125,10 +126,6 @@ def delta(block: Mapping[str, Any]) -> str:
     places = len(number(0, block["se"]).split(" ")[0].partition(".")[2])
     low, high = (f"{x:+.{places}f}" for x in block["ci95"])
     return f"{number(block['delta'], block['se'])} [{low}, {high}]"
-
-
-def _span(span: str) -> str:
-    return span.replace("_", " ")
 
 
 def _milliseconds(row: Mapping[str, Any], spans: Sequence[str]) -> list[str]:
@@ -175,7 +172,7 @@ def scores(report: Mapping[str, Any]) -> Table:
     best = frozenset((i, 2 + names.index(name)) for i, row in enumerate(report["rows"]) for name in row["best"])
     adjusted = ", with a p value of 0.05 or less, adjusted for their number (Holm)" if many(len(rows) - 1) else ""
     star = f"★ better than every other row by more than two paired standard errors{adjusted}." if best else ""
-    heads = ("model", "NFE", *(f"{name} {arrow(name)}" for name in names), *(f"ms, {_span(span)}" for span in spans))
+    heads = ("model", "NFE", *(f"{name} {arrow(name)}" for name in names), *(f"ms, {SPOKEN[span]}" for span in spans))
     heads = heads if spans else (*heads, "ms / image")
     return Table("All measures", f"{star} {timing(report)}".strip(), heads, rows, best)
 
@@ -189,7 +186,7 @@ def paired(report: Mapping[str, Any]) -> list[Table]:
         rows = [(row["label"], *(cell for name in shown for cell in _difference(row["difference"].get(name), with_p))) for row in held]
         note = ("Same noise, same labels, same groups, so what both models share cancels. In brackets the 95 % interval, which stands "
                 "around the difference without its bias; one that holds 0 shows no difference.")
-        heads = ("model", *(head for name in shown for head in ((name, f"p, {name}") if with_p else (name,))))
+        heads = ("model", *(head for name in shown for head in ((name, "p") if with_p else (name,))))
         tables.append(Table(f"Difference to {report['first']}", f"{note} {correction(report)}".strip(), heads, rows))
     if counted := [row for row in report["rows"] if row["wins"]]:
         shown = [name for name in names if any(name in row["wins"] for row in counted)]
@@ -282,7 +279,7 @@ def _between(count: int, chosen: Sequence[int]) -> str:
 
 
 def _of_class(block: Mapping[str, Any], c: int) -> str:
-    return number(block["value"][c], block["se"][c]) if block["se"] else f"{block['value'][c]:.4g}"
+    return number(block["value"][c], block["se"][c]) if block["se"] else f"{block['value'][c]:#.4g}"
 
 
 def _abreast(shown: Sequence[T], title: str) -> list[tuple[Sequence[T], str]]:
@@ -297,7 +294,7 @@ def by_prompt(report: Mapping[str, Any]) -> list[Table]:
         shown = [(row["label"], values) for row, values in zip(report["rows"], found["values"], strict=True) if values]
         note = _between(found["count"], found["chosen"]) or "Best first, by the mean of all models."
         for some, title in _abreast(shown, f"{name} by prompt"):
-            rows = [(text, *(f"{values[i]:.4g}" for _, values in some)) for i, text in enumerate(found["texts"])]
+            rows = [(text, *(f"{values[i]:#.4g}" for _, values in some)) for i, text in enumerate(found["texts"])]
             tables.append(Table(title, "" if title.endswith("continued") else note, ("prompt", *(label for label, _ in some)), rows))
     return tables
 

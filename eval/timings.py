@@ -23,8 +23,8 @@ class Timings:
     names: Sequence[str]
 
     def of(self, result: Mapping[str, Any]) -> Mapping[str, float | None] | None:
-        """Of a result's model; None where these weights were not timed with so many calls."""
-        return self.models.get((str(result["model"].get("sha256")), int(result["sampler"]["nfe"])))
+        """Of a result's model; None where these weights were not timed with so many calls, as those of a folder of pictures never are."""
+        return self.models.get((result["model"].get("sha256"), int(result["sampler"]["nfe"])))
 
     def told(self, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float | None] | None]:
         """Of each result; ValueError where none of them was timed."""

@@ -478,7 +478,7 @@ def test_of_many_classes_the_best_and_the_worst_are_shown():
     assert accuracy.heads == ("class", "student")
     assert accuracy.rows[0][1] == "0.4900 ± 0.0010"
     assert "10 worst of 50" in accuracy.note
-    assert variety.rows[0][1] == "0.5"
+    assert variety.rows[0][1] == "0.5000"
 
 
 def test_prompts_are_shown_with_their_words():
@@ -487,7 +487,7 @@ def test_prompts_are_shown_with_their_words():
             "classes": {"names": [], "real_distance": []}, "prompts": {"first": [], "extremes": extremes}}
     (table,) = tables.by_class(told)
     assert table.heads == ("prompt", "teacher", "student")
-    assert table.rows == [("a cat", "0.25", "0.5"), ("a | dog", "0.125", "0.375")]
+    assert table.rows == [("a cat", "0.2500", "0.5000"), ("a | dog", "0.1250", "0.3750")]
     assert "of 30" in table.note
 
 

@@ -126,13 +126,13 @@ def test_milliseconds_of_bench_speed(made, tmp_path):
     assert [row["ms_per_image"] for row in value["rows"]] == [110.0, None, 2.5]
     assert (value["speed"]["span"], value["speed"]["batch"]) == ("with_decoder", 4)
     table = tables.scores(value)
-    assert table.heads[-3:] == ("ms, denoiser", "ms, with text", "ms, with decoder")
+    assert table.heads[-3:] == ("ms, of the denoiser", "ms, with text encoders", "ms, with decoder")
     assert [row[-3:] for row in table.rows] == [("100.00", "101.00", "110.00"), ("", "", ""), ("2.00", "", "2.50")]
     assert "Not timed there: teacher, 2 steps." in table.note
     assert [point.x for point in charts.points(value["rows"], "ms_per_image")] == [110.0, 2.5]
     text, page = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
     assert "| ms, with decoder |" in text
-    assert "figures show with decoder" in page
+    assert "the figure has those with decoder" in page
 
 
 def test_milliseconds_of_parts_that_all_have(made, tmp_path):
@@ -148,6 +148,8 @@ def test_timings_that_do_not_fit_are_refused(made, tmp_path, capfd):
     other = timed(tmp_path / "other.json", ("bb", 1, (8.0, None, 10.0)))
     wrong = {other: "times none of these models with as many calls, but export (bb, NFE 1)",
              tmp_path / "none.json": "no timings", path: "is no file of timings"}
+    nameless = timed(tmp_path / "nameless.json", (None, 4, (8.0, None, 10.0)))
+    assert timings.read(nameless).of({"model": {"name": "a folder of pictures"}, "sampler": {"nfe": 4}}) is None
     for speed, words in wrong.items():
         assert command(["compare", str(path), "--to", str(tmp_path / "out"), "--speed", str(speed)]) == 2
         told = capfd.readouterr().err
@@ -193,11 +195,11 @@ def test_the_page_counts_the_comparisons_that_holm_counts(made, tmp_path):
         (table,) = (t for t in tables.paired(value) if t.title.startswith("Difference"))
         assert tables.correction(value).startswith(told)
         assert all(("p_holm" in block) == bool(extra) for row in value["rows"][1:] for block in row["difference"].values())
-        assert ("p, frechet_fashion" in table.heads) == bool(extra)
+        assert table.heads[:3] == ("model", "frechet_fashion", "p" if extra else "kid_fashion")
         assert all(len(row) == len(table.heads) for row in table.rows)
         if extra:
             assert page.count(told) == 2                                        # above the tables, and in the one of the differences
             assert all(f"| {' | '.join(row)} |" in text for row in table.rows)
-            p = dict(zip(table.heads, table.rows[-1], strict=True))["p, frechet_fashion"]
+            p = table.rows[-1][2]
             assert p == tables.p_value(value["rows"][-1]["difference"]["frechet_fashion"])
             assert f"p {p} adjusted" in value["rows"][-1]["verdict"]["text"]
