@@ -23,6 +23,7 @@ from stepdistill.eval.protocol import BATCH, PRECISION, PROTOCOLS, Measure, Prot
 CHOSEN, USUAL = "", "dinov2-l14"                        # in a card: the extractor that the user names, and the one where none is named
 REFERENCE, PROMPTS = "reference.safetensors", ("prompts.txt", "prompts.jsonl", "prompts.csv")
 VARIETY = (200, 8)                                      # most prompts and seeds of each that variety is told from
+VARIED = ("variety", "vendi", "lpips")                  # kinds that are told from it
 FEWEST = 50                                             # pictures of a score
 NAMES = {"clip-g14": "vit_g14_laion2b", "clip-l14": "vit_l14_openai", "clip-b32": "vit_b32_openai", diversity.JUDGE: "alex"}
 
@@ -137,11 +138,12 @@ def ready(name: str, count: int | None = None, seed: int = 0, brought: Brought =
     """
     card = find(name)
     if card is None:
-        if brought.reference or brought.prompts or brought.extractor or brought.also:
-            raise ValueError(f"protocol {name!r} brings all that it needs: leave --reference, --prompts, --extractor and --also out")
+        if brought.reference or brought.prompts or brought.extractor:
+            raise ValueError(f"protocol {name!r} brings all that it needs: leave --reference, --prompts and --extractor out")
         world = PROTOCOLS[name]
-        protocol = world.protocol(count or world.count, seed)
-        return Exam(protocol, world.reference(), world.prompts()[: protocol.prompts], world.groups()[: protocol.prompts])
+        protocol, real = world.protocol(count or world.count, seed), world.reference()
+        protocol = extended(protocol, brought.also, real) if brought.also else protocol
+        return Exam(protocol, real, world.prompts()[: protocol.prompts], world.groups()[: protocol.prompts])
     texts = prompts_of(card, brought)
     drafted = draft(card, count or card.count, seed, brought, texts)
     path = brought.reference or card.place / REFERENCE
@@ -157,6 +159,45 @@ def ready(name: str, count: int | None = None, seed: int = 0, brought: Brought =
         raise ValueError(f"{path} was made of {found.count:,} pictures, and the reference of {name!r} has {card.reference_count:,}: "
                          f"{card.reference}")
     return Exam(replace(drafted, reference_sha256=found.sha256), found.real, texts)
+
+
+def extended(protocol: Protocol, also: Sequence[str], real: Mapping[str, Real]) -> Protocol:
+    """A world's protocol with further measures in words, and so with another hash; of real pictures it knows what is in `real`.
+
+    Raises as `draft`, and ValueError for a distance to real pictures that the world's extractors have not looked at.
+    """
+    plan = protocol.plan
+    asked = [m for m in dict.fromkeys(map(measure, also)) if m not in plan.values()]
+    variety = protocol.variety if protocol.variety != (0, 0) else variety_of(protocol.turns, protocol.count)
+    for m in asked:
+        _refuse_unfit(m, variety, protocol.count, protocol.turns, protocol.prompts, protocol.classes)
+        if KINDS[m.kind].real and m.key not in real:
+            raise ValueError(f"protocol {protocol.name!r} has real pictures as {', '.join(real)} sees them: measure {m.kind} on that, or "
+                             "take protocol custom with a reference of your own")
+    words = ((m.kind, NAMES.get(m.extractor, m.extractor.replace("-", "_")), m.convention) for m in asked)
+    others = [m.extractor for m in asked if m.extractor not in protocol.extractors]
+    return replace(
+        protocol, metrics=(*plan, *("_".join(filter(None, each)) for each in words)), measures=(*plan.values(), *asked),
+        further_extractors=(*protocol.further_extractors, *((each, digest_of(each)) for each in dict.fromkeys(others))),
+        variety=variety if any(m.kind in VARIED for m in asked) else protocol.variety)
+
+
+def variety_of(turns: int, count: int) -> tuple[int, int]:
+    """Prompts or classes, and pictures of each, that variety is told from."""
+    return min(VARIETY[0], turns), min(VARIETY[1], count // turns)
+
+
+def _refuse_unfit(m: Measure, variety: tuple[int, int], count: int, turns: int, prompts: int, classes: int) -> None:
+    """ValueError for a measure that cannot be taken of so many pictures, prompts or classes; FileNotFoundError for missing words."""
+    if m.kind in VARIED and not (variety[0] >= 5 and variety[1] >= 2):
+        raise ValueError(f"{m.kind} needs five prompts or classes and two pictures of each, got {count} pictures of {turns}: give "
+                         "--prompts, or raise the count")
+    if m.kind == "clip" and not prompts:
+        raise ValueError("a CLIP score needs prompts: give --prompts, or take a protocol that has some")
+    if m.kind == "clip":
+        weights.tokenizer(m.extractor)                                           # missing words are told before anything is generated
+    if m.kind == "accuracy" and not classes:
+        raise ValueError("accuracy is of classes, and there are none here: leave it out")
 
 
 def make_reference(name: str, source: Path, to: Path | None = None, *, set_from: Path | None = None, keep: int | None = None,
@@ -188,7 +229,7 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
         raise ValueError(f"no extractor {extractor!r}: there are {', '.join(EXTRACTORS)}")
     classes = 0 if prompts else card.classes or brought.classes
     turns = max(1, len(prompts) or classes)
-    variety = min(VARIETY[0], turns), min(VARIETY[1], count // turns)
+    variety = variety_of(turns, count)
     asked = [replace(m, extractor=extractor, kind=_called(m.kind, extractor)) if m.extractor == CHOSEN else m for m in card.measures]
     told = variety[0] >= 5 and variety[1] >= 2
     asked = [m for m in asked if told or m.kind not in ("variety", "vendi")]
@@ -196,15 +237,7 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
     if bare:
         asked = [m for m in asked if KINDS[m.kind].real]
     for m in asked:
-        if m.kind in ("variety", "vendi", "lpips") and not told:
-            raise ValueError(f"{m.kind} needs five prompts or classes and two pictures of each, got {count} pictures of {turns}: give "
-                             "--prompts, or raise the count")
-        if m.kind == "clip" and not prompts:
-            raise ValueError("a CLIP score needs prompts: give --prompts")
-        if m.kind == "clip":
-            weights.tokenizer(m.extractor)                                       # missing words are told before anything is generated
-        if m.kind == "accuracy" and not classes:
-            raise ValueError("accuracy is of classes, and there are none here: leave it out")
+        _refuse_unfit(m, variety, count, turns, len(prompts), classes)
     names = tuple(_name(m, card, count, variety[1]) for m in asked)
     first, *others = dict.fromkeys(m.extractor for m in asked)
     return Protocol(
@@ -214,7 +247,7 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
         precision=PRECISION, frechet_reference="all its pictures", set_reference=f"{card.set_count:,} evenly spaced ones", neighbours=3,
         recall_sets=5, measures=tuple(asked), further_extractors=tuple((each, digest_of(each)) for each in others), crop=card.crop,
         metric_size=card.metric_size, prompts=len(prompts), prompts_sha256=_digest(prompts) if prompts else "",
-        variety=variety if any(m.kind in ("variety", "vendi", "lpips") for m in asked) else (0, 0))
+        variety=variety if any(m.kind in VARIED for m in asked) else (0, 0))
 
 
 def measure(words: str) -> Measure:
@@ -250,7 +283,7 @@ def _name(m: Measure, card: Card, count: int, seeds: int) -> str:
     head = f"{m.kind}_{NAMES.get(m.extractor, m.extractor.replace('-', '_'))}"
     if m.kind == "clip":
         return f"{head}_{m.convention}"
-    if m.kind in ("variety", "vendi", "lpips"):
+    if m.kind in VARIED:
         return f"{head}_m{seeds}" + (f"_{m.convention}" if m.convention else "")
     size = f"_{card.metric_size}" if card.metric_size and m.view == "whole" else ""
     number = f"{count // 1000}k" if count % 1000 == 0 else str(count)

@@ -185,6 +185,20 @@ def test_a_folder_of_pictures_is_what_its_model_is(world: Path, prompted: Path, 
     assert all(f"<caption>{prompt}</caption>" in page for prompt in PROMPTS)
 
 
+def test_a_world_is_asked_for_more(tmp_path: Path) -> None:
+    """Its result says so, and is not held against one that was asked for less."""
+    for i, picture in enumerate(torch.randint(0, 256, (60, 1, 28, 28), generator=torch.Generator().manual_seed(0))):
+        save_png(to_image(picture.to(torch.uint8)), tmp_path / "pictures" / f"{i:03d}.png")
+    asked = ["eval", tmp_path / "pictures", "--count", "60"]
+    assert ask(*asked, "--to", tmp_path / "plain.json") == 0
+    assert ask(*asked, "--also", "vendi:tiny", "--also", "coverage:fashion", "--to", tmp_path / "more.json") == 0
+    plain, more = (score.read_result(tmp_path / f"{name}.json") for name in ("plain", "more"))
+    assert list(more["metrics"]) == [*plain["metrics"], "vendi_tiny", "coverage_fashion"]
+    assert plain["protocol_hash"] == protocol.get("fashion", 60).hash != more["protocol_hash"]
+    assert "--also vendi:tiny --also coverage:fashion" in provenance.command(more, "more.json")
+    assert ask("compare", tmp_path / "plain.json", tmp_path / "more.json", "--to", tmp_path / "report") == 2
+
+
 def test_real_pictures_and_memorised_ones(world: Path, place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A reference is found where it was put; a model that repeats its training pictures is caught."""
     for name, seed in (("train", 1), ("held", 2)):
