@@ -143,6 +143,8 @@ def test_a_pipeline_is_scored_on_prompts(world: Path, prompted: Path) -> None:
     kept = load_file(prompted.with_name("t.features_tiny.safetensors"))
     assert kept["features"].shape == (60, 16)
     assert kept["values/variety_tiny_m8"].shape == (6,)
+    assert score.prompts_in(kept) == PROMPTS
+    assert score.prompts_in(load_file(prompted.with_name("t.samples.safetensors"))) == PROMPTS
 
 
 def test_a_result_says_how_it_is_made_again(world: Path, prompted: Path, tmp_path: Path) -> None:
