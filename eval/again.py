@@ -39,11 +39,15 @@ def measure_again(path: Path, also: Sequence[str], to: Path, *, reference: Path 
         raise ValueError(f"{path} is a result, to which one process adds measures alone: run eval without torchrun")
     result = score.read_result(path)
     old, asked = Protocol.from_dict(result["protocol"]), result.get("asked", {})
+    card = cards.find(old.name)
+    if card is None:
+        raise ValueError(f"{path} is of the shipped protocol {old.name!r}: score the model itself with --also")
     for measure in map(cards.measure, also):
         _refuse_unseen(path, old, measure)
     protocol = cards.extended(old, also)
+    if protocol == old:
+        raise ValueError("there is nothing to add: name a measure that is not there yet with --also KIND:EXTRACTOR")
     added = {name: measure for name, measure in protocol.plan.items() if name not in old.plan}
-    card = cards.CARDS[old.name]
     found = _reference(path, old, protocol, card, _first(reference, asked.get("reference"), _beside(path, card, asked.get("against"))))
     protocol = protocol if found is None else replace(protocol, set_reference=cards.set_reference(card, protocol, found))
     texts = _texts(path, protocol, card, score.readers(added), _first(prompts, asked.get("prompts")), device)
@@ -61,7 +65,7 @@ def measure_again(path: Path, also: Sequence[str], to: Path, *, reference: Path 
     pairs = {name: tensor for name, tensor in first.items() if name in measures.rows_kept(old)}
     scored = score.Scored(estimates | {name: each.estimate for name, each in more.items()}, first["features"], first["labels"],
                           first.get("predicted"), {key: tensors["features"] for key, tensors in kept.items()},
-                          pairs | measures.packed(more))
+                          pairs | measures.packed(more), score.prompts_in(first))
     with exact():
         env = score.environment(device)
     brought = {name: str(file) for name, file in (("reference", reference), ("prompts", prompts)) if file is not None}

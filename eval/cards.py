@@ -138,10 +138,10 @@ def ready(name: str, count: int | None = None, seed: int = 0, brought: Brought =
     """
     card = find(name)
     if card is None:
-        if brought.reference or brought.prompts or brought.extractor or brought.also:
-            raise ValueError(f"protocol {name!r} brings all that it needs: leave --reference, --prompts, --extractor and --also out")
+        if brought.reference or brought.prompts or brought.extractor:
+            raise ValueError(f"protocol {name!r} brings all that it needs: leave --reference, --prompts and --extractor out")
         world = PROTOCOLS[name]
-        protocol = world.protocol(count or world.count, seed)
+        protocol = extended(world.protocol(count or world.count, seed), brought.also)
         return Exam(protocol, world.reference(), world.prompts()[: protocol.prompts], world.groups()[: protocol.prompts])
     texts = prompts_of(card, brought)
     drafted = draft(card, count or card.count, seed, brought, texts)
@@ -175,6 +175,52 @@ def _evenly(number: int) -> str:
     return f"{number:,} evenly spaced ones"
 
 
+def extended(protocol: Protocol, also: Sequence[str]) -> Protocol:
+    """A protocol with further measures in words, and so with another hash; what is there already is not taken twice. Of a card it is the
+    one that `draft` makes of them all, but for the number of real pictures they look at, which `set_reference` tells.
+
+    Raises as `draft`, and ValueError for a distance to real pictures that a world's extractors have not looked at.
+    """
+    card, plan = find(protocol.name), protocol.plan
+    added = [m for m in dict.fromkeys(map(measure, also)) if m not in plan.values()]
+    variety = protocol.variety if any(protocol.variety) else variety_of(protocol.turns, protocol.count)
+    for m in added:
+        _refuse_unfit(m, variety, protocol.count, protocol.turns, protocol.prompts, protocol.classes)
+        if card is None and KINDS[m.kind].real and m.key not in (real := PROTOCOLS[protocol.name].reference()):
+            raise ValueError(f"protocol {protocol.name!r} has real pictures as {', '.join(real)} sees them: measure {m.kind} on that, or "
+                             "take protocol custom with a reference of your own")
+    if not added:
+        return protocol
+    others = dict.fromkeys(m.extractor for m in added if m.extractor not in protocol.extractors)
+    return replace(
+        protocol, metrics=(*plan, *(_name(m, card, protocol.count, variety[1]) for m in added)), measures=(*plan.values(), *added),
+        further_extractors=(*protocol.further_extractors, *((each, digest_of(each)) for each in others)),
+        variety=variety if any(m.kind in VARIED for m in added) else protocol.variety)
+
+
+def variety_of(turns: int, count: int) -> tuple[int, int]:
+    """Prompts or classes, and pictures of each, that variety is told from."""
+    return min(VARIETY[0], turns), min(VARIETY[1], count // turns)
+
+
+def _told(variety: tuple[int, int]) -> bool:
+    """Whether they are enough of both."""
+    return variety[0] >= 5 and variety[1] >= 2
+
+
+def _refuse_unfit(m: Measure, variety: tuple[int, int], count: int, turns: int, prompts: int, classes: int) -> None:
+    """ValueError for a measure that cannot be taken of so many pictures, prompts or classes; FileNotFoundError for missing words."""
+    if m.kind in VARIED and not _told(variety):
+        raise ValueError(f"{m.kind} needs five prompts or classes and two pictures of each, got {count} pictures of {turns}: give "
+                         "--prompts, or raise the count")
+    if m.kind == "clip" and not prompts:
+        raise ValueError("a CLIP score needs prompts: give --prompts, or take a protocol that has some")
+    if m.kind == "clip":
+        weights.tokenizer(m.extractor)                                           # missing words are told before anything is generated
+    if m.kind == "accuracy" and not classes:
+        raise ValueError("accuracy is of classes, and there are none here: leave it out")
+
+
 def make_reference(name: str, source: Path, to: Path | None = None, *, set_from: Path | None = None, keep: int | None = None,
                    brought: Brought = Brought(), device: torch.device | str = "cpu") -> tuple[references.Stored, Path]:
     """The reference of a protocol from a folder of pictures or published statistics; returns it, and the file that it is in (by default
@@ -204,14 +250,14 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
         raise ValueError(f"no extractor {extractor!r}: there are {', '.join(EXTRACTORS)}")
     classes = 0 if prompts else card.classes or brought.classes
     turns = max(1, len(prompts) or classes)
-    variety = _variety(turns, count)
+    variety = variety_of(turns, count)
     asked = [replace(m, extractor=extractor, kind=_called(m.kind, extractor)) if m.extractor == CHOSEN else m for m in card.measures]
     asked = [m for m in asked if _told(variety) or m.kind not in VARIED]
     asked += [m for m in map(measure, brought.also) if m not in asked]
     if bare:
         asked = [m for m in asked if KINDS[m.kind].real]
     for m in asked:
-        _refuse_unfit(m, count, turns, len(prompts), classes)
+        _refuse_unfit(m, variety, count, turns, len(prompts), classes)
     names = tuple(_name(m, card, count, variety[1]) for m in asked)
     first, *others = dict.fromkeys(m.extractor for m in asked)
     return Protocol(
@@ -222,47 +268,6 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
         recall_sets=5, measures=tuple(asked), further_extractors=tuple((each, digest_of(each)) for each in others), crop=card.crop,
         metric_size=card.metric_size, prompts=len(prompts), prompts_sha256=digest_of_prompts(prompts) if prompts else "",
         variety=variety if any(m.kind in VARIED for m in asked) else (0, 0))
-
-
-def extended(protocol: Protocol, also: Sequence[str]) -> Protocol:
-    """A card's protocol with further measures, in words, of extractors that it has already: the one that `draft` makes of them all, but for
-    the number of real pictures they look at, which `set_reference` tells.
-
-    ValueError for a shipped world's protocol, for a measure that cannot be taken, and where all are there already.
-    """
-    card = find(protocol.name)
-    if card is None:
-        raise ValueError(f"protocol {protocol.name!r} brings all that it needs: leave --also out")
-    added = tuple(m for m in dict.fromkeys(map(measure, also)) if m not in protocol.measures)
-    if not added:
-        raise ValueError("there is nothing to add: name a measure that is not there yet with --also KIND:EXTRACTOR")
-    for m in added:
-        _refuse_unfit(m, protocol.count, protocol.turns, protocol.prompts, protocol.classes)
-    variety = _variety(protocol.turns, protocol.count)
-    return replace(protocol, metrics=(*protocol.metrics, *(_name(m, card, protocol.count, variety[1]) for m in added)),
-                   measures=(*protocol.measures, *added), variety=variety if any(m.kind in VARIED for m in added) else protocol.variety)
-
-
-def _variety(turns: int, count: int) -> tuple[int, int]:
-    """Prompts (or classes) that variety would be told from, and seeds of each."""
-    return min(VARIETY[0], turns), min(VARIETY[1], count // turns)
-
-
-def _told(variety: tuple[int, int]) -> bool:
-    """Whether they are enough of both."""
-    return variety[0] >= 5 and variety[1] >= 2
-
-
-def _refuse_unfit(m: Measure, count: int, turns: int, prompts: int, classes: int) -> None:
-    if m.kind in VARIED and not _told(_variety(turns, count)):
-        raise ValueError(f"{m.kind} needs five prompts or classes and two pictures of each, got {count} pictures of {turns}: give "
-                         "--prompts, or raise the count")
-    if m.kind == "clip" and not prompts:
-        raise ValueError("a CLIP score needs prompts: give --prompts")
-    if m.kind == "clip":
-        weights.tokenizer(m.extractor)                                           # missing words are told before anything is generated
-    if m.kind == "accuracy" and not classes:
-        raise ValueError("accuracy is of classes, and there are none here: leave it out")
 
 
 def measure(words: str) -> Measure:
@@ -293,11 +298,12 @@ def _called(kind: str, extractor: str) -> str:
     return {"fd": "fid" if extractor.startswith("inception") else "frechet", "kd": "kid"}[kind]
 
 
-def _name(m: Measure, card: Card, count: int, seeds: int) -> str:
-    """What the number is, in its name: fid_inception_clean_coco14val_30k_256, clip_vit_g14_laion2b_cos."""
+def _name(m: Measure, card: Card | None, count: int, seeds: int) -> str:
+    """What the number is, in its name: fid_inception_clean_coco14val_30k_256, clip_vit_g14_laion2b_cos; of a world's protocol
+    coverage_fashion."""
     head = f"{m.kind}_{NAMES.get(m.extractor, m.extractor.replace('-', '_'))}"
-    if m.kind == "clip":
-        return f"{head}_{m.convention}"
+    if m.kind == "clip" or card is None:
+        return "_".join(filter(None, (head, m.convention)))
     if m.kind in VARIED:
         return f"{head}_m{seeds}" + (f"_{m.convention}" if m.convention else "")
     size = f"_{card.metric_size}" if card.metric_size and m.view == "whole" else ""

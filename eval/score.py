@@ -35,7 +35,7 @@ Answers = dict[str, tuple[Tensor, Tensor | None]]       # features (N, d) and lo
 @dataclass(frozen=True)
 class Scored:
     """Estimates by metric name, and what they came from: the first extractor's features (N, d), labels (N,), its answers (N,) if it is a
-    classifier, the other extractors' features by `Measure.key`, and what pairs results (`measures.packed`)."""
+    classifier, the other extractors' features by `Measure.key`, what pairs results (`measures.packed`), and the prompts."""
 
     metrics: dict[str, Estimate]
     features: Tensor
@@ -43,6 +43,7 @@ class Scored:
     predicted: Tensor | None
     further: Mapping[str, Tensor] = field(default_factory=dict)
     pairs: Mapping[str, Tensor] = field(default_factory=dict)
+    prompts: Sequence[str] = ()
 
 
 def score(images: Tensor | Pictures, labels: Tensor, protocol: Protocol, reference: Real | Mapping[str, Real] | None = None, *,
@@ -67,7 +68,7 @@ def score(images: Tensor | Pictures, labels: Tensor, protocol: Protocol, referen
     found = measure_all(protocol.plan, answers, real, texts, Seen(protocol, Measure("", ""), labels, pictures=seen, distance=distance))
     features, logits = answers.pop(protocol.extractor)
     return Scored({name: each.estimate for name, each in found.items()}, features, labels, None if logits is None else logits.argmax(1),
-                  {key: others for key, (others, _) in answers.items()}, measures.packed(found))
+                  {key: others for key, (others, _) in answers.items()}, measures.packed(found), tuple(prompts))
 
 
 def _real(protocol: Protocol, reference: Real | Mapping[str, Real] | None) -> Mapping[str, Real]:
@@ -182,6 +183,7 @@ def write_result(path: Path, protocol: Protocol, scored: Scored, *, model: Mappi
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {"features": scored.features, "labels": scored.labels, **scored.pairs}
     kept |= {} if scored.predicted is None else {"predicted": scored.predicted}
+    kept |= {"prompts": spelled(scored.prompts)} if scored.prompts else {}
     result = {
         "protocol": protocol.to_dict(), "protocol_hash": protocol.hash, "model": dict(model), "sampler": dict(sampler),
         "metrics": {name: estimate.to_dict() for name, estimate in scored.metrics.items()}, "paired": dict(paired or {}),
@@ -193,11 +195,22 @@ def write_result(path: Path, protocol: Protocol, scored: Scored, *, model: Mappi
     for key, features in scored.further.items():
         _save({"features": features}, features_path(path, key), protocol.hash)
     images = images[: sampled(images)]
-    _save({"images": images.cpu(), "labels": scored.labels[: len(images)]}, samples_path(path), protocol.hash)
+    first = {"prompts": spelled(scored.prompts[: len(images)])} if scored.prompts else {}
+    _save({"images": images.cpu(), "labels": scored.labels[: len(images)], **first}, samples_path(path), protocol.hash)
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text)
     os.replace(temporary, path)
     return result
+
+
+def spelled(texts: Sequence[str]) -> Tensor:
+    """Texts among tensors: the bytes of their JSON, uint8 (n,)."""
+    return torch.frombuffer(bytearray(json.dumps(list(texts)).encode()), dtype=torch.uint8)
+
+
+def prompts_in(kept: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The prompts that a companion file holds; none where it is of classes, or of before they were kept."""
+    return tuple(json.loads(kept["prompts"].numpy().tobytes())) if "prompts" in kept else ()
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, protocol_hash: str) -> None:

@@ -237,7 +237,9 @@ def test_measures_that_cannot_be_taken_are_refused(tiny: Path, also: str, words:
 
 
 @pytest.mark.parametrize(("name", "brought", "words"), [
-    ("fashion", Brought(prompts=Path("p.txt")), "brings all that it needs"), ("fashion", Brought(also=("vendi:tiny",)), "leave"),
+    ("fashion", Brought(prompts=Path("p.txt")), "brings all that it needs"), ("fashion", Brought(extractor="tiny"), "leave"),
+    ("fashion", Brought(also=("fd:tiny",)), "has real pictures as fashion sees them"),
+    ("fashion", Brought(also=("clip:clip-l14",)), "take a protocol that has some"),
     ("cifar10-50k", Brought(prompts=Path("p.txt")), "takes no prompts"), ("cifar10-50k", Brought(extractor="tiny"), "are fixed"),
     ("custom", Brought(extractor="resnet"), "no extractor 'resnet'"), ("coco14", Brought(), "did you mean 'coco1"),
     ("imagenet64-50k", Brought(), "needs at least 5000 pictures"), ("custom", Brought(reference=Path(".")), "is no reference"),
@@ -246,6 +248,23 @@ def test_what_does_not_belong_to_a_protocol_is_refused(tiny: Path, name: str, br
     with pytest.raises(ValueError, match=words) as caught:
         cards.ready(name, 64, 0, brought)
     assert "\n" not in str(caught.value)
+
+
+def test_a_world_takes_further_measures() -> None:
+    """With another hash, and the same one for the same; what is there already is not taken twice."""
+    plain = cards.ready("fashion", 100)
+    assert plain.protocol.hash == cards.ready("fashion", 100, brought=Brought(also=())).protocol.hash
+    also = ("coverage:fashion", "vendi:tiny", "frechet:fashion", "vendi:tiny")
+    exam = cards.ready("fashion", 100, brought=Brought(also=also))
+    assert exam.protocol.metrics == (*plain.protocol.metrics, "coverage_fashion", "vendi_tiny")
+    assert (exam.protocol.variety, plain.protocol.variety) == ((10, 8), (0, 0))
+    assert list(exam.protocol.extractors) == ["fashion", "tiny"]
+    assert exam.protocol.hash not in (plain.protocol.hash, cards.ready("fashion", 100, brought=Brought(also=also[:1])).protocol.hash)
+    assert protocol.Protocol.from_dict(exam.protocol.to_dict()) == exam.protocol
+    pictures, labels = torch.randint(0, 256, (100, 1, 28, 28), dtype=torch.uint8), torch.arange(100) % 10
+    further, usual = (score.score(pictures, labels, each.protocol, each.real).metrics for each in (exam, plain))
+    assert {name: further[name] for name in usual} == usual
+    assert 1 < further["vendi_tiny"].value < 8
 
 
 def test_the_list_says_what_is_missing(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

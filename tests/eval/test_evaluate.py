@@ -148,6 +148,8 @@ def test_a_pipeline_is_scored_on_prompts(world: Path, prompted: Path) -> None:
     kept = load_file(prompted.with_name("t.features_tiny.safetensors"))
     assert kept["features"].shape == (60, 16)
     assert kept["values/variety_tiny_m8"].shape == (6,)
+    assert score.prompts_in(kept) == PROMPTS
+    assert score.prompts_in(load_file(prompted.with_name("t.samples.safetensors"))) == PROMPTS
 
 
 def test_a_result_says_how_it_is_made_again(world: Path, prompted: Path, tmp_path: Path) -> None:
@@ -181,7 +183,27 @@ def test_a_folder_of_pictures_is_what_its_model_is(world: Path, prompted: Path, 
     assert mine["teacher"]["ratio"]["variety_tiny_m8"]["value"] == pytest.approx(1, abs=1e-2)
     assert mine["teacher"]["cos"]["value"] == pytest.approx(1, abs=1e-4)
     assert ask("compare", prompted, tmp_path / "p.json", "--to", tmp_path / "report") == 0
-    assert "Difference to teacher" in (tmp_path / "report" / "report.md").read_text()
+    text, page = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("md", "html"))
+    assert "Difference to teacher" in text
+    kept = load_file(prompted.with_name("t.features_tiny.safetensors"))["values/variety_tiny_m8"]
+    order = [PROMPTS[i] for i in kept.argsort(descending=True)]
+    lines = text.partition("## variety_tiny_m8 by prompt")[2].partition("##")[0].splitlines()
+    assert sorted(line.split("|")[1].strip() for line in lines if line.startswith(("| a", "| two"))) == sorted(order)
+    assert all(f"<caption>{prompt}</caption>" in page for prompt in PROMPTS)
+
+
+def test_a_world_is_asked_for_more(tmp_path: Path) -> None:
+    """Its result says so, and is not held against one that was asked for less."""
+    for i, picture in enumerate(torch.randint(0, 256, (60, 1, 28, 28), generator=torch.Generator().manual_seed(0))):
+        save_png(to_image(picture.to(torch.uint8)), tmp_path / "pictures" / f"{i:03d}.png")
+    asked = ["eval", tmp_path / "pictures", "--count", "60"]
+    assert ask(*asked, "--to", tmp_path / "plain.json") == 0
+    assert ask(*asked, "--also", "vendi:tiny", "--also", "coverage:fashion", "--to", tmp_path / "more.json") == 0
+    plain, more = (score.read_result(tmp_path / f"{name}.json") for name in ("plain", "more"))
+    assert list(more["metrics"]) == [*plain["metrics"], "vendi_tiny", "coverage_fashion"]
+    assert plain["protocol_hash"] == protocol.get("fashion", 60).hash != more["protocol_hash"]
+    assert "--also vendi:tiny --also coverage:fashion" in provenance.command(more, "more.json")
+    assert ask("compare", tmp_path / "plain.json", tmp_path / "more.json", "--to", tmp_path / "report") == 2
 
 
 def test_real_pictures_and_memorised_ones(world: Path, place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -195,6 +217,10 @@ def test_real_pictures_and_memorised_ones(world: Path, place: Path, tmp_path: Pa
     assert ask("reference", tmp_path / "held", *open_ended, "--to", tmp_path / "held.safetensors") == 0
     train = ["--train", place / "protocols" / "custom" / "reference.safetensors", "--held-out", tmp_path / "held.safetensors"]
     assert ask("eval", tmp_path / "train", *open_ended, "--count", "60", *train, "--to", tmp_path / "r.json") == 0
+    told = {line.split()[0]: line for line in capfd.readouterr().out.splitlines()}
+    block = value(tmp_path / "r.json", "frechet")
+    assert f" without bias {block['corrected']:.1f}"[:-3] in told["frechet_tiny_real_60"]
+    assert "without bias" not in told["precision_tiny_real_60"]
     found = score.read_result(tmp_path / "r.json")["memory"]
     assert found["share"]["value"] == 1
     assert found["held_out"]["value"] < 0.1
