@@ -17,7 +17,7 @@ import torch
 from stepdistill.data.prompts import read_prompts
 from stepdistill.eval import alignment, diversity, references, weights
 from stepdistill.eval.extractors import EXTRACTORS, TEXT_IMAGE, digest_of, weights_of
-from stepdistill.eval.measures import KINDS, RANGES
+from stepdistill.eval.measures import IN_PROMPT, KINDS, LPIPS
 from stepdistill.eval.protocol import BATCH, PRECISION, PROTOCOLS, Measure, Protocol, Real, groups_of, hash_of, unknown
 
 CHOSEN, USUAL = "", "dinov2-l14"                        # in a card: the extractor that the user names, and the one where none is named
@@ -188,17 +188,19 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
         raise ValueError(f"no extractor {extractor!r}: there are {', '.join(EXTRACTORS)}")
     classes = 0 if prompts else card.classes or brought.classes
     turns = max(1, len(prompts) or classes)
-    variety = min(VARIETY[0], turns), min(VARIETY[1], count // turns)
+    also = [measure(words) for words in brought.also]
+    variety, apart = (min(VARIETY[0], turns), min(VARIETY[1], count // turns)), False
+    if variety[1] < 2 and any(m.kind in IN_PROMPT for m in also) and not bare:
+        variety, apart = (variety[0], VARIETY[1]), True
     asked = [replace(m, extractor=extractor, kind=_called(m.kind, extractor)) if m.extractor == CHOSEN else m for m in card.measures]
     told = variety[0] >= 5 and variety[1] >= 2
-    asked = [m for m in asked if told or m.kind not in ("variety", "vendi")]
-    asked += [m for m in map(measure, brought.also) if m not in asked]
+    asked = [m for m in asked if told or m.kind not in IN_PROMPT]
+    asked += [m for m in also if m not in asked]
     if bare:
         asked = [m for m in asked if KINDS[m.kind].real]
     for m in asked:
-        if m.kind in ("variety", "vendi", "lpips") and not told:
-            raise ValueError(f"{m.kind} needs five prompts or classes and two pictures of each, got {count} pictures of {turns}: give "
-                             "--prompts, or raise the count")
+        if m.kind in IN_PROMPT and not told:
+            raise ValueError(f"{m.kind} needs five prompts or classes, got {turns}: give --prompts")
         if m.kind == "clip" and not prompts:
             raise ValueError("a CLIP score needs prompts: give --prompts")
         if m.kind == "clip":
@@ -214,11 +216,11 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
         precision=PRECISION, frechet_reference="all its pictures", set_reference=f"{card.set_count:,} evenly spaced ones", neighbours=3,
         recall_sets=5, measures=tuple(asked), further_extractors=tuple((each, digest_of(each)) for each in others), crop=card.crop,
         metric_size=card.metric_size, prompts=len(prompts), prompts_sha256=_digest(prompts) if prompts else "",
-        variety=variety if any(m.kind in ("variety", "vendi", "lpips") for m in asked) else (0, 0))
+        variety=variety if any(m.kind in IN_PROMPT for m in asked) else (0, 0), variety_apart=apart)
 
 
 def measure(words: str) -> Measure:
-    """KIND:EXTRACTOR or KIND:EXTRACTOR:CONVENTION as a user writes it: kd:dinov2-l14, clip:clip-l14:100cos, lpips:alexnet:01.
+    """KIND:EXTRACTOR or KIND:EXTRACTOR:CONVENTION as a user writes it: kd:dinov2-l14, clip:clip-l14:100cos, lpips:alexnet:512.
 
     Raises ValueError for a kind, extractor or convention that there is not, or that do not go together.
     """
@@ -231,7 +233,7 @@ def measure(words: str) -> Measure:
         raise ValueError(f"{words!r}: {kind} is measured on {' or '.join(suited.get(kind, tuple(EXTRACTORS)))}")
     if kind == "clip":
         convention = convention or "cos"
-    scales = {"clip": tuple(alignment.CONVENTIONS), "lpips": tuple(RANGES)}.get(kind, ("",))
+    scales = {"clip": tuple(alignment.CONVENTIONS), "lpips": tuple(LPIPS)}.get(kind, ("",))
     if convention not in scales:
         raise ValueError(f"{words!r}: {kind} has " + (f"the conventions {', '.join(s for s in scales if s)}" if len(scales) > 1
                                                       else "no conventions"))
@@ -250,7 +252,7 @@ def _name(m: Measure, card: Card, count: int, seeds: int) -> str:
     head = f"{m.kind}_{NAMES.get(m.extractor, m.extractor.replace('-', '_'))}"
     if m.kind == "clip":
         return f"{head}_{m.convention}"
-    if m.kind in ("variety", "vendi", "lpips"):
+    if m.kind in IN_PROMPT:
         return f"{head}_m{seeds}" + (f"_{m.convention}" if m.convention else "")
     size = f"_{card.metric_size}" if card.metric_size and m.view == "whole" else ""
     number = f"{count // 1000}k" if count % 1000 == 0 else str(count)

@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 from stepdistill import worlds
 from stepdistill.eval import cards, measures, memory, pictures, references, score, teachers
 from stepdistill.eval.cards import Brought, Card, Exam
-from stepdistill.eval.generate import balanced, fill
+from stepdistill.eval.generate import fill
 from stepdistill.eval.models import Opened, is_model, open_model
 from stepdistill.eval.parts import Parts, Taken
 from stepdistill.eval.pictures import Pictures
@@ -82,9 +82,13 @@ def evaluate(model: str, protocol_name: str, count: int | None, to: Path, *, ste
     sitting = Sitting(exam, to, device, asked, None if other is None else teachers.Light.of(other, exam.protocol),
                       (real[0], real[1]) if real else None, started, began, subject and subject.teacher.latents)
     if subject is None:
-        seen = pictures.made(files, exam.protocol.count)
+        if exam.protocol.count <= len(files) < exam.protocol.total:
+            raise ValueError(f"{model} holds {len(files):,} pictures: after the {exam.protocol.count:,} there must be "
+                             f"{exam.protocol.total - exam.protocol.count:,} for variety, of the first {exam.protocol.variety[0]} prompts "
+                             "in turn; make them, or leave its measure out of --also")
+        seen = pictures.made(files, exam.protocol.total)
         _sized(seen, exam.protocol, model)
-        described = {"name": model, "is_teacher": False, "sha256": pictures.digest_of(files[: exam.protocol.count])}
+        described = {"name": model, "is_teacher": False, "sha256": pictures.digest_of(files[: exam.protocol.total])}
         sitting.finish(seen, described, {"nfe": 0}, {"ms_per_image": 0.0})
     else:
         _generated(subject, exam.protocol, to, ".parts", batch_size, sitting.finish, quiet)
@@ -110,9 +114,9 @@ class Sitting:
 
     def finish(self, seen: Pictures, described: Mapping[str, Any], sampler: Mapping[str, Any], speed: Mapping[str, Any]) -> None:
         """Score pictures and write the result."""
-        protocol, first = self.exam.protocol, seen.first(score.SAMPLES)
-        scored = score.score(seen, torch.arange(protocol.count) % protocol.turns, protocol, self.exam.real, prompts=self.exam.prompts,
-                             device=self.device)
+        protocol, labels = self.exam.protocol, torch.tensor([self.exam.protocol.label(i) for i in range(seen.count)])
+        first = seen.part(0, protocol.count).first(score.SAMPLES)
+        scored = score.score(seen, labels, protocol, self.exam.real, prompts=self.exam.prompts, device=self.device)
         first = first[: score.sampled(first)]
         blocks = {"asked": self.asked} | ({} if self.real is None else {"memory": memory.told(scored.features, *self.real)})
         if self.exam.groups:
@@ -167,14 +171,14 @@ def _generated(subject: Opened, protocol: Protocol, to: Path, suffix: str, batch
     parts = Parts.open(to.with_suffix(suffix), {**meta, "batch": batch_size})
     _meet()
     try:
-        milliseconds = fill(parts, subject.teacher, subject.spec, protocol.count, protocol.seed, batch_size=batch_size, quiet=quiet,
-                            label=balanced(protocol.turns))
+        milliseconds = fill(parts, subject.teacher, subject.spec, protocol.total, protocol.seed, batch_size=batch_size, quiet=quiet,
+                            label=protocol.label)
         while not parts.claim_end():
             parts.check()
             time.sleep(WAIT)
     except Taken:
         return
-    seen = parts.pictures(protocol.count, batch_size)
+    seen = parts.pictures(protocol.total, batch_size)
     _sized(seen, protocol, subject.name)
     finish(seen, meta["model"], meta["sampler"], {"ms_per_image": milliseconds, "batch_size": batch_size, "precision": "fp32"})
     parts.remove()
@@ -182,7 +186,7 @@ def _generated(subject: Opened, protocol: Protocol, to: Path, suffix: str, batch
 
 def _own_reference(subject: Opened, drafted: Protocol, to: Path, batch_size: int, device: torch.device | str, quiet: bool) -> None:
     """The reference of a protocol of teachers: the model's own pictures of the same prompts or classes, from the next seed."""
-    protocol, path = replace(drafted, seed=drafted.seed + 1), teachers.reference_path(to)
+    protocol, path = replace(drafted, seed=drafted.seed + 1, variety_apart=False), teachers.reference_path(to)
     maker = hash_of({**_meta(subject, protocol), "batch": 0})
     if references.maker_of(path) == maker:
         return

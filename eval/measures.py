@@ -22,17 +22,21 @@ from torch import Tensor
 
 from stepdistill.eval import alignment, diversity, kernels, metrics
 from stepdistill.eval.metrics import Estimate, LeftOut, Moments
-from stepdistill.eval.pictures import Pictures, together
+from stepdistill.eval.pictures import Pictures, shrunk, together
 from stepdistill.eval.protocol import Measure, Protocol, Real
 
 SPLITS = 10                                             # of an inception score, as papers print it
-RANGES = {"": (-1.0, 1.0), "01": (0.0, 1.0)}            # what LPIPS is fed for 0 and 255; DMD2's figures have the second
+IN_PROMPT = frozenset(("variety", "vendi", "lpips"))     # told from several pictures of one prompt
+# What LPIPS is fed for 0 and 255, and the most pixels of the short side, larger pictures being resized (0: they stay as they are). DMD2's
+# figures are of (0, 1); 512 pixels are usual.
+LPIPS = {"": ((-1.0, 1.0), 0), "01": ((0.0, 1.0), 0), "512": ((-1.0, 1.0), 512), "512_01": ((0.0, 1.0), 512)}
 
 
 @dataclass(frozen=True)
 class Seen:
     """What a measure may look at: features (N, d) of its view, logits (N, classes) of a classifier, the labels or prompt numbers (N,), real
-    data, embeddings of all prompts (P, d), and for LPIPS the pictures with its distance."""
+    data, embeddings of all prompts (P, d), and for LPIPS the pictures with its distance. Where variety has pictures of its own, features
+    and pictures of its measures are of those, prompt by prompt in turn."""
 
     protocol: Protocol
     measure: Measure
@@ -171,6 +175,8 @@ def _clip(seen: Seen) -> Found:
 
 def _together(seen: Seen) -> Tensor:
     prompts, seeds = seen.protocol.variety
+    if seen.protocol.variety_apart:
+        return _some(seen.features).unflatten(0, (seeds, prompts)).transpose(0, 1)
     return by_prompt(_some(seen.features), seen.protocol)[:prompts, :seeds]
 
 
@@ -187,12 +193,13 @@ def _vendi(seen: Seen) -> Found:
 def _lpips(seen: Seen) -> Found:
     assert seen.pictures is not None
     assert seen.distance is not None
-    (prompts, seeds), read, turns = seen.protocol.variety, seen.pictures.read, seen.protocol.turns
-    found = []
+    (prompts, seeds), read = seen.protocol.variety, seen.pictures.read
+    turns = prompts if seen.protocol.variety_apart else seen.protocol.turns
+    (range_, side), found = LPIPS[seen.measure.convention], []
     for prompt in range(prompts):
         rows = range(prompt, prompt + seeds * turns, turns)
-        pictures = together([picture for row in rows for picture in read(range(row, row + 1))]).expand(-1, 3, -1, -1)
-        found.append(diversity.lpips_distance(pictures[None], seen.distance, RANGES[seen.measure.convention]))
+        those = [shrunk(picture, side, seen.protocol.filter) for row in rows for picture in read(range(row, row + 1))]
+        found.append(diversity.lpips_distance(together(those).expand(-1, 3, -1, -1)[None], seen.distance, range_))
     values = torch.cat(found)
     return Found(metrics.bootstrap_mean(values), values=values)
 

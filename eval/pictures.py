@@ -38,6 +38,10 @@ class Pictures:
             raise ValueError(f"pictures must be a uint8 tensor (N, C, H, W), got {images.dtype} {tuple(images.shape)}: quantise them first")
         return cls(len(images), lambda rows: list(images[rows.start : rows.stop]))
 
+    def part(self, start: int, stop: int) -> Pictures:
+        """Those from `start` to below `stop`."""
+        return Pictures(stop - start, lambda rows: self.read(range(start + rows.start, start + rows.stop)))
+
     def first(self, count: int) -> Tensor:
         """The first ones of one size, (n, C, H, W)."""
         return torch.stack(list(self.read(range(min(count, self.count)))))
@@ -133,6 +137,15 @@ def whole(picture: Tensor, crop: str, size: int, by: str) -> Tensor:
     if side < size:
         raise ValueError(f"a picture is {width}x{height} and the protocol looks at {size}x{size}: make larger ones")
     return from_image(to_image(picture).resize((size, size), FILTERS[by]))
+
+
+def shrunk(picture: Tensor, size: int, by: str) -> Tensor:
+    """A picture (C, H, W) whose short side is `size` at most, by a filter of FILTERS; smaller ones stay as they are, all do for 0."""
+    height, width = picture.shape[1:]
+    side = min(height, width)
+    if not 0 < size < side:
+        return picture
+    return from_image(to_image(picture).resize((round(width * size / side), round(height * size / side)), FILTERS[by]))
 
 
 def patch(picture: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class Protocol:
     prompts_sha256: str = ""
     cover_neighbours: int = 5                           # of density and coverage
     variety: tuple[int, int] = (0, 0)                   # prompts (or classes) and seeds of each that variety is told from
+    variety_apart: bool = False                         # whether these are samples of their own, which come after the `count` others
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -122,6 +123,15 @@ class Protocol:
     def turns(self) -> int:
         """Sample i has the class or the prompt i mod turns."""
         return max(1, self.prompts or self.classes)
+
+    @property
+    def total(self) -> int:
+        """Pictures in all: `count`, and after them those of variety where they are apart."""
+        return self.count + (self.variety[0] * self.variety[1] if self.variety_apart else 0)
+
+    def label(self, i: int) -> int:
+        """The class or the prompt of sample i, below `total`."""
+        return i % self.turns if i < self.count else (i - self.count) % self.variety[0]
 
     @property
     def strata(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,8 @@ def spaced(count: int, keep: int) -> Tensor:
 
 
 def _blocks(seen: Pictures) -> Iterator[tuple[int, Pictures]]:
-    def shifted(at: int) -> Callable[[range], Sequence[Tensor]]:
-        return lambda rows: seen.read(range(rows.start + at, rows.stop + at))
-
     for start in range(0, seen.count, BLOCK):
-        yield start, Pictures(min(BLOCK, seen.count - start), shifted(start))
+        yield start, seen.part(start, min(start + BLOCK, seen.count))
 
 
 def make(source: Path, protocol: Protocol, to: Path, *, keep: int, count: int = 0, set_from: Path | None = None,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stepdistill.eval import diversity, measures, pictures
 from stepdistill.eval.extractors import EXTRACTORS, Extractor, digest_of, embed, extract
-from stepdistill.eval.measures import KINDS, Found, Seen
+from stepdistill.eval.measures import IN_PROMPT, KINDS, Found, Seen
 from stepdistill.eval.metrics import Estimate
 from stepdistill.eval.pictures import Pictures
 from stepdistill.eval.protocol import PROTOCOLS, Measure, Protocol, Real, View, hash_of
@@ -35,7 +35,8 @@ Answers = dict[str, tuple[Tensor, Tensor | None]]       # features (N, d) and lo
 @dataclass(frozen=True)
 class Scored:
     """Estimates by metric name, and what they came from: the first extractor's features (N, d), labels (N,), its answers (N,) if it is a
-    classifier, the other extractors' features by `Measure.key`, and what pairs results (`measures.packed`)."""
+    classifier, the other extractors' features by `Measure.key`, those of variety apart as KEY.variety, and what pairs results
+    (`measures.packed`)."""
 
     metrics: dict[str, Estimate]
     features: Tensor
@@ -47,16 +48,16 @@ class Scored:
 
 def score(images: Tensor | Pictures, labels: Tensor, protocol: Protocol, reference: Real | Mapping[str, Real] | None = None, *,
           prompts: Sequence[str] = (), device: torch.device | str = "cpu") -> Scored:
-    """Pictures, sample i at row i, and the class or the number of the prompt asked of each (N,); N is the protocol's count.
+    """Pictures, sample i at row i, and the class or the number of the prompt asked of each (N,); N is the protocol's total.
 
     The reference is that of a shipped world unless given: real data of the first extractor, or by `Measure.key`. Raises ValueError where
     pictures, labels, prompts, reference and protocol do not fit each other.
     """
     seen = images if isinstance(images, Pictures) else Pictures.of(images)
     labels, real = labels.long().cpu(), _real(protocol, reference)
-    if seen.count != protocol.count or len(labels) != protocol.count:
-        raise ValueError(f"protocol {protocol.name!r} wants {protocol.count} pictures, got {seen.count} and {len(labels)} labels")
-    if not torch.equal(labels, torch.arange(len(labels)) % protocol.turns):
+    if seen.count != protocol.total or len(labels) != protocol.total:
+        raise ValueError(f"protocol {protocol.name!r} wants {protocol.total} pictures, got {seen.count} and {len(labels)} labels")
+    if labels.tolist() != [protocol.label(i) for i in range(protocol.total)]:
         raise ValueError(f"protocol {protocol.name!r} wants the labels {protocol.labels}: generate with balanced labels")
     if len(prompts) != protocol.prompts:
         raise ValueError(f"protocol {protocol.name!r} has {protocol.prompts} prompts, got {len(prompts)}")
@@ -64,17 +65,22 @@ def score(images: Tensor | Pictures, labels: Tensor, protocol: Protocol, referen
     texts = {name: embed(judges[name], prompts, protocol.batch_size)
              for name in dict.fromkeys(m.extractor for m in plan.values() if m.kind == "clip")}
     distance = diversity.load_lpips() if diversity.JUDGE in protocol.extractors else None
-    answers = look(seen, protocol, judges)
+    seen, apart, labels = seen.part(0, protocol.count), seen.part(protocol.count, protocol.total), labels[: protocol.count]
+    asked = {m.extractor for m in plan.values() if m.kind in IN_PROMPT} if apart.count else set()
+    answers = look(seen, protocol.only(KINDS.keys() - IN_PROMPT) if apart.count else protocol, judges)
+    others = look(apart, protocol.only(IN_PROMPT), {name: judge for name, judge in judges.items() if name in asked})
     found: dict[str, Found] = {}
     for name, measure in plan.items():
-        features, logits = answers.get(measure.key, (None, None))
+        own = apart.count > 0 and measure.kind in IN_PROMPT
+        features, logits = (others if own else answers).get(measure.key, (None, None))
         if KINDS[measure.kind].real and measure.key not in real:
             raise ValueError(f"the reference knows nothing of {measure.key}, which {name} is measured on: make it again with this protocol")
         found[name] = KINDS[measure.kind].find(Seen(protocol, measure, labels, features, logits, real.get(measure.key),
-                                                    texts.get(measure.extractor), seen, distance))
+                                                    texts.get(measure.extractor), apart if own else seen, distance))
     features, logits = answers.pop(protocol.extractor)
+    further = {key: each for key, (each, _) in answers.items()} | {f"{key}.variety": each for key, (each, _) in others.items()}
     return Scored({name: each.estimate for name, each in found.items()}, features, labels, None if logits is None else logits.argmax(1),
-                  {key: others for key, (others, _) in answers.items()}, measures.packed(found))
+                  further, measures.packed(found))
 
 
 def _real(protocol: Protocol, reference: Real | Mapping[str, Real] | None) -> Mapping[str, Real]:
@@ -100,7 +106,7 @@ def look(seen: Pictures, protocol: Protocol, judges: Mapping[str, Extractor]) ->
     """What the extractors say of pictures, some rows at a time: every one of `judges` on each view that a measure of the protocol takes."""
     wanted = dict.fromkeys([(protocol.extractor, "whole"), *((m.extractor, m.view) for m in protocol.plan.values() if m.kind != "lpips")])
     parts: dict[tuple[str, View], list[tuple[Tensor, Tensor | None]]] = {pair: [] for pair in wanted if pair[0] in judges}
-    for start in range(0, seen.count, protocol.batch_size):
+    for start in range(0, seen.count if parts else 0, protocol.batch_size):
         rows = seen.read(range(start, min(seen.count, start + protocol.batch_size)))
         views = {view: shown(rows, view, protocol) for view in dict.fromkeys(view for _, view in parts)}
         for (name, view), answers in parts.items():

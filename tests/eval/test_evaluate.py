@@ -16,7 +16,7 @@ from tiny import snapshot, tiny_teacher
 from zoo import basics
 
 from stepdistill.cli import run
-from stepdistill.eval import generate, models, protocol, provenance, score, weights
+from stepdistill.eval import cards, generate, models, protocol, provenance, score, weights
 from stepdistill.eval.models import open_model
 from stepdistill.images import save_png, to_image
 
@@ -177,6 +177,29 @@ def test_a_folder_of_pictures_is_what_its_model_is(world: Path, prompted: Path, 
     assert mine["teacher"]["cos"]["value"] == pytest.approx(1, abs=1e-4)
     assert ask("compare", prompted, tmp_path / "p.json", "--to", tmp_path / "report") == 0
     assert "Difference to teacher" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_variety_of_prompts_with_one_picture_each(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capfd: pytest.CaptureFixture[str]) -> None:
+    """Made after the others from sample numbers that they do not use, whatever the batch, and not in the reference."""
+    monkeypatch.setattr(cards, "VARIETY", (6, 2))
+    many, to = tmp_path / "many.txt", tmp_path / "v" / "t.json"
+    many.write_text("\n".join((*PROMPTS, *(f"thing {i}" for i in range(44)))))
+    asked = [*TAUGHT[:4], "--count", "50", "--prompts", many, "--also", "variety:tiny"]
+    assert ask("eval", world / "sd", *asked, "--steps", "2", "--guidance", "3", "--batch-size", "7", "--to", to) == 0
+    assert {"variety_tiny_m2", "vendi_tiny_m2"} <= set(score.read_result(to)["metrics"])
+    opened = open_model(str(world / "sd"), 2, 3.0, prompts=PROMPTS)
+    made = generate._batch(opened.teacher, opened.spec, 0, range(50, 62), torch.arange(12) % 6)[0]
+    kept = load_file(to.with_name("t.features_tiny.variety.safetensors"))["features"]
+    torch.testing.assert_close(kept, score.EXTRACTORS["tiny"]().features(made)[0], rtol=0, atol=2e-3)
+    assert len(load_file(to.with_name("t.samples.safetensors"))["images"]) == 50
+    assert int(load_file(to.with_name("t.reference.safetensors"))["tiny/n"]) == 50
+    assert ask("eval", world / "student", *TAUGHT, "--guidance", "1", "--also", "vendi:tiny", "--to", tmp_path / "s.json") == 2
+    assert "vendi needs five prompts or classes, got 3" in capfd.readouterr().err
+    for i, picture in enumerate(made.repeat(5, 1, 1, 1)[:55]):
+        save_png(to_image(picture), tmp_path / "few" / f"{i:02d}.png")
+    assert ask("eval", tmp_path / "few", *asked, "--against", to, "--to", tmp_path / "f.json") == 2
+    assert "after the 50 there must be 12 for variety, of the first 6 prompts in turn" in capfd.readouterr().err
 
 
 def test_real_pictures_and_memorised_ones(world: Path, place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,17 @@ def test_published_statistics_are_taken_over(exam: Protocol, real: Path, tmp_pat
     torch.testing.assert_close(kept, extract(Tiny(), images, 250)[0], rtol=0, atol=1e-6)
 
 
+def test_larger_pictures_are_shrunk_and_smaller_ones_stay() -> None:
+    picture = noise(3, 40, 60)
+    assert pictures.shrunk(picture, 20, "lanczos").shape == (3, 20, 30)
+    assert pictures.shrunk(picture.mT, 20, "box").shape == (3, 30, 20)
+    for size in (0, 40, 41):
+        assert pictures.shrunk(picture, size, "lanczos") is picture
+    some = Pictures.of(noise(10, 3, 4, 4)).part(3, 8)
+    assert some.count == 5
+    assert torch.equal(torch.stack(list(some.part(1, 4).read(range(1, 3)))), noise(10, 3, 4, 4)[5:7])
+
+
 def test_unfit_sources_are_refused(exam: Protocol, tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez(tmp_path / "code.npz", mu=np.array([object()], dtype=object), sigma=np.eye(16))
