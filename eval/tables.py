@@ -137,10 +137,12 @@ def in_light(report: Mapping[str, Any]) -> list[Table]:
     tables, told = [], [row for row in report["rows"] if row["teacher"]]
     if told:
         blocks = [{**({"cosine of paired features": row["teacher"]["cos"]} if row["teacher"]["cos"] else {}),
+                   **({"LPIPS of paired pictures": row["teacher"]["lpips"]} if row["teacher"].get("lpips") else {}),
                    **{f"{name}, share of the teacher's": block for name, block in row["teacher"]["ratio"].items()},
                    **{f"drift in {name}": block for name, block in row["teacher"]["drift"].items()}} for row in told]
-        note = ("Same noise, same prompts. Contrast, saturation, sharpness, spread and latent_std are over the teacher's (1 is the "
-                "teacher's), the other drifts less the teacher's (0 is), of the first pictures of both.")
+        note = ("Same noise, same prompts; LPIPS is 0 for the teacher's own pictures. Contrast (of red, green and blue, too), saturation, "
+                "sharpness, spread and latent_std are over the teacher's (1 is the teacher's), the other drifts less the teacher's (0 is), "
+                "of the first pictures of both.")
         names = list(dict.fromkeys(name for block in blocks for name in block))
         rows = [(name, *(number(block[name]["value"], block[name]["se"]) if name in block else "" for block in blocks)) for name in names]
         tables.append(Table("In the light of the teacher", note, ("", *(row["label"] for row in told)), rows))

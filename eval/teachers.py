@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.eval import alignment, drifts, metrics, score
+from stepdistill.eval import alignment, diversity, drifts, metrics, score
 from stepdistill.eval.measures import KINDS
 from stepdistill.eval.protocol import Protocol, told_apart
 
@@ -28,13 +28,14 @@ def reference_path(result: Path) -> Path:
 
 @dataclass(frozen=True)
 class Light:
-    """A teacher's result under a protocol, with what was kept beside it."""
+    """A teacher's result under a protocol, with what was kept beside it, and LPIPS where it can be had here."""
 
     path: Path
     result: Mapping[str, Any]
     protocol: Protocol
     kept: Mapping[str, Tensor] | None
     pictures: Tensor | None
+    distance: diversity.Distance | None = None
 
     @classmethod
     def of(cls, path: Path, protocol: Protocol) -> Light:
@@ -45,13 +46,14 @@ class Light:
             raise ValueError(f"{path} was scored under another protocol ({told}): score both under one")
         samples = score.read_tensors(score.samples_path(path), result)
         return cls(path, result, protocol, score.read_tensors(score.features_path(path, protocol.extractor), result),
-                   None if samples is None else samples["images"])
+                   None if samples is None else samples["images"], diversity.spare_lpips())
 
     def beside(self, scored: score.Scored, first: Tensor, encode: Callable[[Tensor], Tensor | None] | None = None) -> dict[str, Any]:
-        """The block `teacher` of a student's result: the teacher's own metrics; `cos`, of paired features; `ratio` of what is told per
-        prompt; `drift`, of the first pictures (n, C, H, W) of both, and of their latents where `encode` makes some of uint8 pictures."""
+        """The block `teacher` of a student's result: the teacher's own metrics; `cos`, of paired features; `lpips`, of the first pictures
+        (n, C, H, W) of both, pair by pair; `ratio` of what is told per prompt; `drift`, of the same pictures, and of their latents where
+        `encode` makes some of uint8 pictures. What cannot be told is None or left out."""
         block: dict[str, Any] = {"result": self.path.name, "name": self.result["model"]["name"], "metrics": self.result["metrics"],
-                                 "cos": None, "ratio": {}, "drift": {}}
+                                 "cos": None, "lpips": None, "ratio": {}, "drift": {}}
         if self.kept is not None:
             block["cos"] = alignment.cos_teacher(scored.features, self.kept["features"]).to_dict()
             for name, measure in self.protocol.plan.items():
@@ -59,6 +61,8 @@ class Light:
                 if KINDS[measure.kind].unit == "prompt" and mine is not None and its is not None:
                     block["ratio"][name] = metrics.bootstrap_ratio(mine, its).to_dict()
         if self.pictures is not None and self.pictures.shape == first.shape and len(first) >= 2 * metrics.FEWEST:
+            if self.distance is not None and first.shape[1] in (1, 3) and min(first.shape[2:]) >= diversity.LEAST:
+                block["lpips"] = metrics.mean_estimate(diversity.paired_lpips(first, self.pictures, self.distance)).to_dict()
             labels, sets = torch.arange(len(first)) % self.protocol.turns, min(GROUPS, len(first) // 2)
             member = labels % sets if self.protocol.turns >= sets else torch.arange(len(first)) % sets
             found = drifts.drift_estimates(first, self.pictures, labels, member)

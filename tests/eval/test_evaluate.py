@@ -16,7 +16,7 @@ from tiny import snapshot, tiny_teacher
 from zoo import basics
 
 from stepdistill.cli import run
-from stepdistill.eval import cards, generate, models, protocol, provenance, score, weights
+from stepdistill.eval import cards, diversity, generate, models, protocol, provenance, score, tables, weights
 from stepdistill.eval.models import open_model
 from stepdistill.images import save_png, to_image
 
@@ -101,6 +101,24 @@ def test_a_student_in_the_light_of_its_teacher(world: Path, taught: Path, tmp_pa
     text = (tmp_path / "report" / "report.md").read_text()
     assert "In the light of the teacher" in text
     assert "frechet_tiny_teacher_60 ↓" in text
+
+
+def test_pairs_are_looked_at_by_lpips_where_it_can_be_had(world: Path, taught: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """And pictures are large enough for it."""
+    monkeypatch.setattr(diversity, "spare_lpips", lambda: lambda a, b: (a - b).square().mean((1, 2, 3)))
+    to = tmp_path / "s.json"
+    asked = ["eval", world / "student", *TAUGHT, "--guidance", "1", "--against", taught, "--to", to]
+    assert ask(*asked) == 0
+    assert score.read_result(to)["teacher"]["lpips"] is None
+    monkeypatch.setattr(diversity, "LEAST", 8)
+    assert ask(*asked) == 0
+    mine, its = (load_file(path.with_name(f"{path.stem}.samples.safetensors"))["images"].double() for path in (to, taught))
+    each, found = ((mine - its) / 127.5).square().mean((1, 2, 3)), score.read_result(to)["teacher"]["lpips"]
+    assert (found["value"], found["se"], found["n"]) == (pytest.approx(float(each.mean()), rel=1e-5),
+                                                         pytest.approx(float(each.std()) / 60**0.5, rel=1e-4), 60)
+    assert ask("compare", taught, to, "--to", tmp_path / "report") == 0
+    assert f"| LPIPS of paired pictures | {tables.number(found['value'], found['se'])} |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_model_is_scored_first_where_its_result_is_not_there(world: Path, taught: Path, tmp_path: Path) -> None:
