@@ -167,14 +167,18 @@ def make_reference(name: str, source: Path, to: Path | None = None, *, set_from:
     if card is None:
         raise ValueError(f"protocol {name!r} brings its own reference")
     path = to or card.place / REFERENCE
+    return references.make(source, bare(card, card.count, brought), path, keep=keep or card.set_count, count=card.reference_count,
+                           set_from=set_from, device=device), path
+
+
+def bare(card: Card, count: int, brought: Brought) -> Protocol:
+    """A card's draft with the measures that real pictures are needed for, and no others."""
     alone = replace(brought, also=tuple(words for words in brought.also if KINDS[measure(words).kind].real))
-    drafted = draft(card, card.count, 0, alone, bare=True)
-    return references.make(source, drafted, path, keep=keep or card.set_count, count=card.reference_count, set_from=set_from,
-                           device=device), path
+    return draft(replace(card, measures=tuple(m for m in card.measures if KINDS[m.kind].real)), count, 0, alone)
 
 
-def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), prompts: Sequence[str] = (), bare: bool = False) -> Protocol:
-    """A card's protocol but for the digest of its reference; a `bare` one holds what real pictures are needed for, and no other measure.
+def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), prompts: Sequence[str] = ()) -> Protocol:
+    """A card's protocol but for the digest of its reference.
 
     Raises FileNotFoundError for missing weights, ValueError for a measure that cannot be taken.
     """
@@ -190,14 +194,12 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
     turns = max(1, len(prompts) or classes)
     also = [measure(words) for words in brought.also]
     variety, apart = (min(VARIETY[0], turns), min(VARIETY[1], count // turns)), False
-    if variety[1] < 2 and any(m.kind in IN_PROMPT for m in also) and not bare:
+    if variety[1] < 2 and any(m.kind in IN_PROMPT for m in also):
         variety, apart = (variety[0], VARIETY[1]), True
     asked = [replace(m, extractor=extractor, kind=_called(m.kind, extractor)) if m.extractor == CHOSEN else m for m in card.measures]
     told = variety[0] >= 5 and variety[1] >= 2
     asked = [m for m in asked if told or m.kind not in IN_PROMPT]
     asked += [m for m in also if m not in asked]
-    if bare:
-        asked = [m for m in asked if KINDS[m.kind].real]
     for m in asked:
         if m.kind in IN_PROMPT and not told:
             raise ValueError(f"{m.kind} needs five prompts or classes, got {turns}: give --prompts")

@@ -24,7 +24,7 @@ from stepdistill.eval.generate import fill
 from stepdistill.eval.models import Opened, is_model, open_model
 from stepdistill.eval.parts import Parts, Taken
 from stepdistill.eval.pictures import Pictures
-from stepdistill.eval.protocol import Protocol, Real, hash_of
+from stepdistill.eval.protocol import PROTOCOLS, Protocol, hash_of
 from stepdistill.models.load import is_prompted, read_json
 
 WAIT = 0.2                                              # seconds between looks at what another process does
@@ -58,6 +58,9 @@ def evaluate(model: str, protocol_name: str, count: int | None, to: Path, *, ste
                   solver=solver, renoise=renoise, shift=shift)
     card = cards.find(protocol_name)
     started, began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
+    real = [_looked_at(path, protocol_name, count, brought) for path in (train, held_out) if path is not None]
+    if real:
+        memory.check(count or (card or PROTOCOLS[protocol_name]).count, *(len(each.test_features) for each in real))
     other = _teacher(against, protocol_name, count, to, seed=seed, batch_size=batch_size, device=device, brought=brought, call=call,
                      quiet=quiet)
     if other is not None and card is cards.TEACHER:
@@ -78,7 +81,6 @@ def evaluate(model: str, protocol_name: str, count: int | None, to: Path, *, ste
         _refuse_for_pictures(model, card, brought, steps=steps, guidance=guidance, solver=solver, renoise=renoise, shift=shift, call=call)
         files = pictures.files_in(Path(model).expanduser())
     exam = cards.ready(protocol_name, count, seed, brought)
-    real = [references.read(path, exam.protocol).real[exam.protocol.extractor] for path in (train, held_out) if path is not None]
     sitting = Sitting(exam, to, device, asked, None if other is None else teachers.Light.of(other, exam.protocol),
                       (real[0], real[1]) if real else None, started, began, subject and subject.teacher.latents)
     if subject is None:
@@ -107,7 +109,7 @@ class Sitting:
     device: torch.device | str
     asked: Mapping[str, Any]
     light: teachers.Light | None
-    real: tuple[Real, Real] | None
+    real: tuple[references.Statistics, references.Statistics] | None
     started: str
     began: float
     encode: Callable[[Tensor], Tensor | None] | None
@@ -118,7 +120,10 @@ class Sitting:
         first = seen.part(0, protocol.count).first(score.SAMPLES)
         scored = score.score(seen, labels, protocol, self.exam.real, prompts=self.exam.prompts, device=self.device)
         first = first[: score.sampled(first)]
-        blocks = {"asked": self.asked} | ({} if self.real is None else {"memory": memory.told(scored.features, *self.real)})
+        blocks: dict[str, Any] = {"asked": self.asked}
+        if self.real is not None:
+            train, held_out = self.real
+            blocks["memory"] = memory.told(scored.features, train.test_features, held_out.test_features, train.names)
         if self.exam.groups:
             blocks["groups"] = {name: {group: estimate.to_dict() for group, estimate in told.items()}
                                 for name, told in measures.by_group(scored.pairs, protocol, self.exam.groups).items()}
@@ -126,6 +131,17 @@ class Sitting:
             self.to, protocol, scored, model=described, sampler=sampler, images=first, speed=speed, env=score.environment(self.device),
             started=self.started, seconds=round(time.monotonic() - self.began, 1), blocks=blocks,
             teacher=None if self.light is None else self.light.beside(scored, first, self.encode))
+
+
+def _looked_at(path: Path, protocol_name: str, count: int | None, brought: Brought) -> references.Statistics:
+    """What the first extractor of a protocol saw of the pictures of a reference."""
+    card = cards.find(protocol_name)
+    protocol = cards.bare(card, count or card.count, brought) if card else cards.ready(protocol_name, count).protocol
+    found = references.read(path, protocol).real
+    if protocol.extractor not in found:
+        raise ValueError(f"{path} knows nothing of {protocol.extractor}, by which memorised pictures are looked for: make it again by "
+                         f"`stepdistill reference SOURCE --protocol {protocol.name} --to {path}`")
+    return found[protocol.extractor]
 
 
 def _told(**asked: Any) -> dict[str, Any]:

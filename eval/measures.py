@@ -229,6 +229,12 @@ KINDS = {
 }
 
 
+def fewest_real(protocol: Protocol, kind: str) -> int:
+    """Of how many real pictures a kind needs features: each point's neighbours and itself; pairs for a kernel distance."""
+    return {"precision": protocol.neighbours + 1, "density": protocol.cover_neighbours + 1, "coverage": protocol.cover_neighbours + 1,
+            "kid": 2, "kd": 2}.get(kind, 0)
+
+
 def by_group(kept: Mapping[str, Tensor], protocol: Protocol, groups: Sequence[str]) -> dict[str, dict[str, Estimate]]:
     """What is told per prompt (`packed`), by metric and by those `groups` of the prompts (P,) that hold two or more."""
     rows = {group: torch.tensor([other == group for other in groups]) for group in sorted(set(groups)) if groups.count(group) > 1}

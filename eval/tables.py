@@ -13,6 +13,7 @@ from stepdistill.eval.provenance import TIMING
 
 ENOUGH = 1000                                           # pictures, below which no difference is claimed: a rule of thumb
 ABREAST = 6                                             # models beside one another in a table of classes: as many as paper holds
+SUSPECTS = 3                                            # of being learnt by heart that are named
 ERRORS = ("Values are what the formula gives on all pictures, ± one standard error of the generated sample: what other seeds would move. "
           "Each student is one training run; the spread between training runs is not in it. NFE: network evaluations for one picture, "
           "both halves of guidance counted. w: the guidance scale, 1 where none is said.")
@@ -154,11 +155,18 @@ def in_light(report: Mapping[str, Any]) -> list[Table]:
         tables.append(Table("Outside judges", note, ("", *(row["label"] for row in judged)), rows))
     if learnt := [row for row in report["rows"] if row["memory"]]:
         note = ("Share of the pictures that lie nearer to a training picture than all but 1 % of those lie to each other, the same of "
-                "held-out real pictures, and the difference: 0 where nothing was learnt by heart.")
-        rows = [(row["label"], *(number(row["memory"][key]["value"], row["memory"][key]["se"]) for key in ("share", "held_out", "excess")))
-                for row in learnt]
-        tables.append(Table("Nearest training pictures", note, ("model", "generated", "held-out", "difference"), rows))
+                "held-out real pictures, and the difference: 0 where nothing was learnt by heart. Searched: the training pictures whose "
+                "features the reference keeps, and no others. Suspects: generated picture and nearest training picture, closest first.")
+        rows = [(row["label"], *(number(row["memory"][key]["value"], row["memory"][key]["se"]) for key in ("share", "held_out", "excess")),
+                 f"{row['memory']['train']:,}", _suspects(row["memory"]["suspects"])) for row in learnt]
+        heads = ("model", "generated", "held-out", "difference", "searched", "suspects")
+        tables.append(Table("Nearest training pictures", note, heads, rows))
     return tables
+
+
+def _suspects(found: Sequence[Sequence[Any]]) -> str:
+    """The first few, by the name of the training picture or, where the result has none, by its row in the reference."""
+    return ", ".join(f"{row} → {name[0] if name and name[0] else f'row {near}'}" for row, near, _, *name in found[:SUSPECTS])
 
 
 def _won(block: Mapping[str, Any] | None) -> tuple[str, str, str]:

@@ -235,11 +235,34 @@ def test_real_pictures_and_memorised_ones(world: Path, place: Path, tmp_path: Pa
     assert found["share"]["value"] == 1
     assert found["held_out"]["value"] < 0.1
     assert len(found["suspects"]) == 20
-    assert all(row == neighbour for row, neighbour, _ in found["suspects"])
+    assert all(row == neighbour and name == f"{row:03d}.png" for row, neighbour, _, name in found["suspects"])
     assert ask("eval", tmp_path / "held", *open_ended, "--count", "60", *train, "--to", tmp_path / "h.json") == 0
     assert score.read_result(tmp_path / "h.json")["memory"]["share"]["value"] < 0.1
     assert ask("compare", tmp_path / "r.json", tmp_path / "h.json", "--to", tmp_path / "report") == 0
-    assert "Nearest training pictures" in (tmp_path / "report" / "report.md").read_text()
+    text, (row, *_) = (tmp_path / "report" / "report.md").read_text(), found["suspects"][0]
+    assert "Nearest training pictures" in text
+    assert f" | 120 | {row} → {row:03d}.png, " in text
+
+
+@pytest.mark.parametrize(("protocol_name", "keep", "words"), [
+    ("custom", 60, "needs at least 100 training features, got 60"), ("teacher-only", 60, "needs at least 100 training features, got 60"),
+    ("custom", 5, "keeps features of 5 pictures, and density_tiny_real_60 needs 6"),
+    ("custom", 3, "keeps features of 3 pictures, and precision_tiny_real_60 needs 4")])
+def test_too_few_real_pictures_are_refused_before_any_is_made(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+                                                              monkeypatch: pytest.MonkeyPatch, protocol_name: str, keep: int,
+                                                              words: str) -> None:
+    """With the remedy, and a teacher is not run first either where it is told against itself."""
+    for i in range(keep):
+        save_png(to_image(torch.full((3, 24, 24), i, dtype=torch.uint8)), tmp_path / "real" / f"{i:03d}.png")
+    asked, reference = ["--protocol", protocol_name, "--extractor", "tiny"], tmp_path / "r.safetensors"
+    ask("reference", tmp_path / "real", *asked, "--to", reference)
+    monkeypatch.setattr(generate, "_batch", lambda *arguments: pytest.fail("a picture was made"))
+    assert ask("eval", world / "teacher", *asked, *SAMPLED, "--guidance", "1.5", "--reference", reference, "--train", reference,
+               "--held-out", reference, *([] if protocol_name == "custom" else ["--against", world / "teacher"]), "--to",
+               tmp_path / "x.json") == 2
+    assert words in (said := capfd.readouterr().err)
+    assert "with a larger --keep" in said
+    assert not (tmp_path / "x.parts").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------- what is refused

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -55,6 +56,23 @@ def test_a_reference_holds_what_the_extractor_says(exam: Protocol, real: Path, t
     torch.testing.assert_close(stored.real["tiny"].train.cov, expected.cov, rtol=0, atol=1e-6)
     torch.testing.assert_close(stored.real["tiny"].test_features, features[[0, 3, 6, 10, 13, 16, 20, 23, 26]], rtol=0, atol=1e-6)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ""] == ["r.safetensors"]
+
+
+def test_kept_features_know_the_names_of_their_pictures(exam: Protocol, real: Path, tmp_path: Path) -> None:
+    """Through the file, of every picture or of some; of published pictures their rows; of a reference from before, none."""
+    (real / "010.png").rename(real / "010 é\n.png")
+    stored = references.make(real, exam, tmp_path / "r.safetensors", keep=9)
+    assert stored.real["tiny"].names == tuple(f"{i}.png" for i in ("000", "003", "006", "010 é\n", "013", "016", "020", "023", "026"))
+    tensors = load_file(tmp_path / "r.safetensors")
+    with safe_open(tmp_path / "r.safetensors", "pt") as file:
+        save_file({name: t for name, t in tensors.items() if not name.endswith("names")}, tmp_path / "b.safetensors", file.metadata())
+    before = references.read(tmp_path / "b.safetensors", exam)
+    assert before.real["tiny"].names == ()
+    assert torch.equal(before.real["tiny"].test_features, stored.real["tiny"].test_features)
+    np.savez(tmp_path / "more.npz", mu=np.zeros(16), sigma=np.eye(16), arr_0=noise(12, 3, 24, 24).movedim(1, -1).numpy())
+    mixed = references.make(real, exam, tmp_path / "m.safetensors", keep=6, set_from=tmp_path / "more.npz").real["tiny"]
+    assert mixed.names == tuple(f"more.npz[{i}]" for i in (0, 2, 4, 6, 8, 10))
+    torch.testing.assert_close(mixed.train.mean, stored.real["tiny"].train.mean)
 
 
 def test_one_pixel_makes_another_reference(exam: Protocol, real: Path, tmp_path: Path) -> None:
