@@ -90,7 +90,7 @@ CARDS = {card.name: card for card in (
          "the pictures of COCO 2017 val (http://images.cocodataset.org/zips/val2017.zip)", 5_000,
          "the first caption of each picture of COCO 2017 val, in the order of the pictures' names", 5_000, crop="centre", metric_size=256),
     Card("mjhq-30k", "MJHQ-30K", "mjhq", 30_000, (Measure("fid", "inception-clean"), Measure("clip", "clip-l14", convention="cos")),
-         "the pictures of MJHQ-30K in one folder (https://huggingface.co/datasets/playgroundai/MJHQ-30K)", 30_000,
+         "the pictures of MJHQ-30K, in one folder or by categories (https://huggingface.co/datasets/playgroundai/MJHQ-30K)", 30_000,
          "the prompts of MJHQ-30K in the order of the pictures' names", 30_000, crop="centre", metric_size=1024),
     Card("custom", "pictures of your own", "real", 5_000, MEASURED, "a folder of real pictures", captions="prompts of your own"),
     Card("teacher-only", "a teacher's own pictures", "teacher", 5_000, TAUGHT, captions="prompts of your own"),

@@ -50,18 +50,34 @@ class Pictures:
 # ------------------------------------------------------------------------------------------------------------------------------- folders
 
 
-def files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path, nested: bool = False) -> list[Path]:
     """The picture files of a folder in the order of their names, without the sheet of `stepdistill sample`.
 
-    Raises FileNotFoundError for no folder, ValueError for one without pictures.
+    `nested` also takes a folder whose pictures lie in its subfolders (of classes or categories), one level down, in the order of the
+    subfolders' names and then of theirs. Raises FileNotFoundError for no folder, ValueError for one without pictures, and for one that has
+    some itself and others in subfolders.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: name one that holds pictures")
-    found = sorted(path for path in folder.iterdir()
-                   if path.suffix.lower() in SUFFIXES and path.name != SHEET and not path.name.startswith("."))
-    if not found:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
-    return found
+    own = _flat(folder)
+    if own and not nested:
+        return own
+    inner = {path: found for path in sorted(folder.iterdir())
+             if path.is_dir() and not path.name.startswith(".") and (found := _flat(path))}
+    if nested and own and inner:
+        raise ValueError(f"{folder} holds {len(own):,} pictures itself and others in {next(iter(inner)).name}: name a folder that holds "
+                         "either pictures or folders of them")
+    if not nested and inner:
+        raise ValueError(f"{folder} holds no pictures itself, and those in {next(iter(inner)).name} have no place in the order of samples: "
+                         "put picture i of sample i into one folder")
+    if found := own + [path for each in inner.values() for path in each]:
+        return found
+    raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})" + " and no folders of them" * nested)
+
+
+def _flat(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir()
+                  if path.suffix.lower() in SUFFIXES and path.name != SHEET and not path.name.startswith("."))
 
 
 def digest_of(files: Sequence[Path]) -> str:

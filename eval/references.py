@@ -88,7 +88,8 @@ def _blocks(seen: Pictures) -> Iterator[tuple[int, Pictures]]:
 
 def make(source: Path, protocol: Protocol, to: Path, *, keep: int, count: int = 0, set_from: Path | None = None,
          device: torch.device | str = "cpu") -> Stored:
-    """Write the reference of a protocol from a folder of real pictures, or from published statistics, of `count` pictures, and read it.
+    """Write the reference of a protocol from a folder of real pictures (`files_in`, nested), or from published statistics, of `count`
+    pictures, and read it.
 
     `set_from` is another source for the features that kernels and neighbours look at. Raises FileNotFoundError or ValueError where a source
     or `to` is unfit.
@@ -107,7 +108,7 @@ def make(source: Path, protocol: Protocol, to: Path, *, keep: int, count: int = 
 def _of(source: Path, protocol: Protocol, keep: int, count: int, device: torch.device | str) -> tuple[dict[str, Statistics], str, int]:
     if source.suffix == ".npz":
         return _published(source, protocol, keep, count, device)
-    files = files_in(source)
+    files = files_in(source, nested=True)
     names = [path.relative_to(source).as_posix() for path in files]
     return gather(real(files), protocol, keep, device, names), digest_of(files), len(files)
 

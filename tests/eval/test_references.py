@@ -86,6 +86,29 @@ def test_one_pixel_makes_another_reference(exam: Protocol, real: Path, tmp_path:
     assert replace(exam, reference_sha256=other.sha256).hash != replace(exam, reference_sha256=first.sha256).hash
 
 
+def test_folders_of_classes_are_read_one_level_down(exam: Protocol, real: Path, tmp_path: Path) -> None:
+    """The same pictures in the same order are the same reference; hidden folders and deeper ones are none of it."""
+    for i, path in enumerate(sorted(real.iterdir())):
+        to = tmp_path / "classes" / f"c{i // 10}" / path.name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(path.read_bytes())
+    for other in (".cache", "c1/deeper"):
+        folder_of(noise(2, 3, 24, 24, seed=9), tmp_path / "classes" / other)
+    flat = references.make(real, exam, tmp_path / "a.safetensors", keep=9)
+    nested = references.make(tmp_path / "classes", exam, tmp_path / "b.safetensors", keep=9)
+    assert (nested.sha256, nested.count) == (flat.sha256, 30)
+    assert nested.real["tiny"].names[:5] == ("c0/000.png", "c0/003.png", "c0/006.png", "c1/010.png", "c1/013.png")
+    with pytest.raises(ValueError, match="holds no pictures itself, and those in c0 have no place in the order of samples"):
+        pictures.files_in(tmp_path / "classes")
+    folder_of(noise(1, 3, 24, 24), tmp_path / "classes")
+    with pytest.raises(ValueError, match="holds 1 pictures itself and others in c0"):
+        references.make(tmp_path / "classes", exam, tmp_path / "c.safetensors", keep=9)
+    assert [path.name for path in pictures.files_in(tmp_path / "classes")] == ["000.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no pictures .* and no folders of them"):
+        pictures.files_in(tmp_path / "empty", nested=True)
+
+
 def test_published_statistics_are_taken_over(exam: Protocol, real: Path, tmp_path: Path) -> None:
     """mu and sigma as they stand; features from the pictures in the file, or from another source."""
     mean, cov = torch.rand(16, dtype=torch.float64), torch.eye(16, dtype=torch.float64)
