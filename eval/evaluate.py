@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from stepdistill import recipe as recipes
 from stepdistill import worlds
 from stepdistill.eval import cards, measures, memory, pictures, references, score, teachers
 from stepdistill.eval.cards import Brought, Card, Exam
@@ -25,7 +26,9 @@ from stepdistill.eval.models import Opened, is_model, open_model
 from stepdistill.eval.parts import Parts, Taken
 from stepdistill.eval.pictures import Pictures
 from stepdistill.eval.protocol import PROTOCOLS, Protocol, hash_of
+from stepdistill.export import OTHER_RECIPE
 from stepdistill.models.load import is_prompted, read_json
+from stepdistill.training.loop import RECIPE
 
 WAIT = 0.2                                              # seconds between looks at what another process does
 
@@ -45,7 +48,8 @@ def evaluate(model: str, protocol_name: str, count: int | None, to: Path, *, ste
 
     Finished batches are kept beside `to` meanwhile: the same call goes on where one was interrupted, and helps one that runs.
 
-    Raises ValueError or FileNotFoundError before anything is generated where model, protocol or files are unfit.
+    Raises ValueError or FileNotFoundError before anything is generated where model, protocol or files are unfit, or where the seed is that
+    of the exams by which a student's best checkpoint was chosen.
     """
     if to.is_dir() or to.suffix != ".json":
         raise ValueError(f"{to} must name a .json file")
@@ -58,6 +62,8 @@ def evaluate(model: str, protocol_name: str, count: int | None, to: Path, *, ste
                   solver=solver, renoise=renoise, shift=shift)
     card = cards.find(protocol_name)
     started, began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
+    if is_model(model):
+        _refuse_own_exam(model, seed)
     real = [_looked_at(path, protocol_name, count, brought) for path in (train, held_out) if path is not None]
     if real:
         memory.check(count or (card or PROTOCOLS[protocol_name]).count, *(len(each.test_features) for each in real))
@@ -154,6 +160,15 @@ def _refuse_without_prompts(model: str, card: Card | None, prompts: Sequence[str
     if not prompts and is_prompted(worlds.teacher_folder(model) or Path(model).expanduser()):
         raise ValueError(f"{model} makes pictures of prompts: " + ("name a file of them with --prompts" if card and card.captions else
                          "choose a protocol that has some, as `stepdistill protocols` lists them"))
+
+
+def _refuse_own_exam(model: str, seed: int) -> None:
+    """ValueError for a student whose exams while training had the same noise: its best checkpoint was chosen on these very pictures."""
+    for file in (Path(model).expanduser() / name for name in (RECIPE, OTHER_RECIPE)):
+        exam = recipes.load(file).exam if file.is_file() else None
+        if exam is not None and exam.every and exam.seed == seed:
+            raise ValueError(f"{model} was examined with seed {seed} while it was trained, and its best checkpoint chosen by that noise: "
+                             "score it with another --seed")
 
 
 def _refuse_for_pictures(model: str, card: Card | None, brought: Brought, **sampling: Any) -> None:
