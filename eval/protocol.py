@@ -49,6 +49,10 @@ class Protocol:
     """Everything that a score depends on except the model and its sampler.
 
     A field with a default is left out of the hash and of the file while it has it, so that protocols of before it keep theirs.
+
+    `quantise` and `precision` state how every score here is made, and switch nothing: values go to the nearest of 256 levels, and
+    extractors run in float32 without TF32. A paper that truncates (DMD2, half a level darker) is not imitated; pictures quantised in
+    another way can be scored as a folder of PNG files, which the field then does not speak of.
     """
 
     name: str
