@@ -8,7 +8,8 @@
     variety vendi lpips         how different the pictures of one prompt (or class) are
 
 Beside its estimate a measure leaves what a paired comparison needs: its value without each group of the jackknife, or a value for each
-sample or prompt. These are kept with the features, so that two results are compared without looking at a picture again.
+sample, prompt or disjoint set of samples. These are kept with the features, so that two results are compared without looking at a picture
+again.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Found:
-    """An estimate, and what it is paired by: values with each group left out, or of each sample or prompt (n,)."""
+    """An estimate, and what it is paired by: values with each group left out, or of each sample, prompt or disjoint set (n,)."""
 
     estimate: Estimate
     left: LeftOut | None = None
@@ -67,7 +68,7 @@ class Kind:
     better: Literal["↓", "↑"]
     words: str
     real: bool = False                                  # whether it is a distance to real data
-    unit: Literal["sample", "prompt"] = "sample"
+    unit: Literal["sample", "prompt", "set"] = "sample"
 
     def paired(self, a: Found, b: Found) -> Estimate | None:
         """Difference a - b of two models with the same noise and labels; None where nothing is kept to tell it from."""
@@ -75,6 +76,8 @@ class Kind:
             return metrics.paired_jackknife(a.left, b.left)
         if a.values is None or b.values is None:
             return None
+        if self.unit == "set":
+            return metrics.paired_sets(a.values, b.values)
         if self.unit == "prompt":
             return alignment.paired_means(a.values, b.values).delta
         return metrics.paired_accuracy(a.values, b.values)
@@ -136,7 +139,8 @@ def _precision(seen: Seen) -> Found:
 
 def _recall(seen: Seen) -> Found:
     member = members(seen.protocol, seen.protocol.recall_sets)
-    return Found(metrics.recall_estimate(_some(seen.features), _real(seen).test_features, seen.protocol.neighbours, member))
+    found, shares = metrics.recall_of_sets(_some(seen.features), _real(seen).test_features, seen.protocol.neighbours, member)
+    return Found(found, values=shares)
 
 
 def _density(seen: Seen) -> Found:
@@ -146,7 +150,8 @@ def _density(seen: Seen) -> Found:
 
 def _coverage(seen: Seen) -> Found:
     member = members(seen.protocol, seen.protocol.recall_sets)
-    return Found(metrics.coverage_estimate(_some(seen.features), _real(seen).test_features, seen.protocol.cover_neighbours, member))
+    found, shares = metrics.coverage_of_sets(_some(seen.features), _real(seen).test_features, seen.protocol.cover_neighbours, member)
+    return Found(found, values=shares)
 
 
 def _classified(seen: Seen) -> Tensor:
@@ -215,9 +220,9 @@ KINDS = {
     **{name: Kind(_kid, "↓", _KERNEL, real=True) for name in ("kid", "kd")},
     "cmmd": Kind(_cmmd, "↓", "Kernel distance of the two crowds as CLIP sees them.", real=True),
     "precision": Kind(_precision, "↑", "Share of the generated pictures that lie among real ones: quality.", real=True),
-    "recall": Kind(_recall, "↑", "Share of the real pictures that lie among generated ones: variety.", real=True),
+    "recall": Kind(_recall, "↑", "Share of the real pictures that lie among generated ones: variety.", real=True, unit="set"),
     "density": Kind(_density, "↑", "How thickly real pictures lie around generated ones; about 1 for real ones.", real=True),
-    "coverage": Kind(_coverage, "↑", "Share of the real pictures that have a generated one near by: variety.", real=True),
+    "coverage": Kind(_coverage, "↑", "Share of the real pictures that have a generated one near by: variety.", real=True, unit="set"),
     "is": Kind(_inception, "↑", "Inception score: whether a classifier is sure of each picture and sees every class. No distance to real "
                                 "pictures."),
     "accuracy": Kind(_accuracy, "↑", "Share of the generated pictures that a classifier takes for the class that was asked for."),

@@ -1,7 +1,7 @@
 """Results of one protocol side by side: report.html, report.md, report.json, quality_vs_nfe.png, samples.png.
 
 A difference is claimed where it is beyond two paired standard errors and its 95 % interval on one side of zero. Where there is no paired
-error, as of recall or of a row whose features were not kept, nothing is claimed.
+error, as of a row whose features were not kept, nothing is claimed.
 """
 
 from __future__ import annotations
@@ -172,9 +172,9 @@ class Pairing:
         return None if a is None or b is None else self.kind.paired(a, b)
 
     def wins(self, row: int, other: int) -> breakdown.Wins | None:
-        """On samples that are right or wrong, or on prompts that have a value; None where the metric knows neither."""
+        """On samples that are right or wrong, or on prompts that have a value; None where the metric knows neither, or only sets."""
         a, b = (None if found is None else found.values for found in (self.made[row], self.made[other]))
-        if a is None or b is None or (a.dtype != torch.bool and self.kind.unit == "sample"):
+        if a is None or b is None or (a.dtype != torch.bool and self.kind.unit != "prompt"):
             return None
         return breakdown.wins(a > b, a < b)
 

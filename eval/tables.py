@@ -113,6 +113,8 @@ def paired(report: Mapping[str, Any]) -> list[Table]:
         rows = [(row["label"], *(delta(row["difference"][n]) if n in row["difference"] else "" for n in shown)) for row in compared]
         note = ("Same noise, same labels, same groups, so what both models share cancels. In brackets the 95 % interval, which stands "
                 "around the difference without its bias; one that holds 0 shows no difference.")
+        if any(KINDS[name.split("_")[0]].unit == "set" for name in shown):
+            note += " Of recall and coverage: the mean difference over disjoint sets, which are smaller than the whole and lie lower."
         tables.append(Table(f"Difference to {report['first']}", note, ("model", *shown), rows))
     if counted := [row for row in report["rows"] if row["wins"]]:
         shown = [name for name in names if any(name in row["wins"] for row in counted)]

@@ -239,7 +239,11 @@ def test_what_pairs_results_is_what_the_measures_found(tiny: Path) -> None:
     assert difference["frechet"] == metrics.paired_frechet(*groups, real["tiny"].train)
     sums = [measures.kernel_sums(s.features, exam, real["tiny"]) for s in (a, b)]
     assert difference["kid"] == metrics.paired_kid(*sums)
-    assert difference["recall"] is None
+    for kind, k in (("recall", exam.neighbours), ("coverage", exam.cover_neighbours)):
+        formula = getattr(metrics, f"{kind}_of_sets")
+        one, other = (formula(s.features, real["tiny"].test_features, k, measures.members(exam, 5))[1] for s in (a, b))
+        assert difference[kind] == metrics.paired_sets(one, other)
+        assert difference[kind].value == pytest.approx(float((one - other).mean()))
     for kind in ("precision", "density", "variety"):
         name = next(name for name, measure in exam.plan.items() if measure.kind == kind)
         assert difference[kind].value == pytest.approx(a.metrics[name].value - b.metrics[name].value)

@@ -101,6 +101,12 @@ def test_a_student_in_the_light_of_its_teacher(world: Path, taught: Path, tmp_pa
     text = (tmp_path / "report" / "report.md").read_text()
     assert "In the light of the teacher" in text
     assert "frechet_tiny_teacher_60 ↓" in text
+    compared = json.loads((tmp_path / "report" / "report.json").read_text())["rows"][1]
+    sets = {"recall_tiny_teacher_60", "coverage_tiny_teacher_60"}
+    assert sets <= set(compared["difference"])
+    assert all(compared["difference"][name]["verdict"] in ("better", "worse", "undecided") for name in sets)
+    assert not sets & set(compared["wins"])
+    assert "the mean difference over disjoint sets" in text
 
 
 def test_pairs_are_looked_at_by_lpips_where_it_can_be_had(world: Path, taught: Path, tmp_path: Path,
