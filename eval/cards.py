@@ -17,13 +17,13 @@ import torch
 from stepdistill.data.prompts import read_prompts
 from stepdistill.eval import alignment, diversity, references, weights
 from stepdistill.eval.extractors import EXTRACTORS, TEXT_IMAGE, digest_of, weights_of
-from stepdistill.eval.measures import KINDS, RANGES
+from stepdistill.eval.measures import IN_PROMPT, KINDS, LPIPS
 from stepdistill.eval.protocol import BATCH, PRECISION, PROTOCOLS, Measure, Protocol, Real, groups_of, hash_of, unknown
 
 CHOSEN, USUAL = "", "dinov2-l14"                        # in a card: the extractor that the user names, and the one where none is named
 REFERENCE, PROMPTS = "reference.safetensors", ("prompts.txt", "prompts.jsonl", "prompts.csv")
 VARIETY = (200, 8)                                      # most prompts and seeds of each that variety is told from
-VARIED = ("variety", "vendi", "lpips")                  # kinds of measures that tell it
+FEWEST_TURNS = 5                                        # prompts or classes that it needs
 FEWEST = 50                                             # pictures of a score
 NAMES = {"clip-g14": "vit_g14_laion2b", "clip-l14": "vit_l14_openai", "clip-b32": "vit_b32_openai", diversity.JUDGE: "alex"}
 
@@ -91,7 +91,7 @@ CARDS = {card.name: card for card in (
          "the pictures of COCO 2017 val (http://images.cocodataset.org/zips/val2017.zip)", 5_000,
          "the first caption of each picture of COCO 2017 val, in the order of the pictures' names", 5_000, crop="centre", metric_size=256),
     Card("mjhq-30k", "MJHQ-30K", "mjhq", 30_000, (Measure("fid", "inception-clean"), Measure("clip", "clip-l14", convention="cos")),
-         "the pictures of MJHQ-30K in one folder (https://huggingface.co/datasets/playgroundai/MJHQ-30K)", 30_000,
+         "the pictures of MJHQ-30K, in one folder or by categories (https://huggingface.co/datasets/playgroundai/MJHQ-30K)", 30_000,
          "the prompts of MJHQ-30K in the order of the pictures' names", 30_000, crop="centre", metric_size=1024),
     Card("custom", "pictures of your own", "real", 5_000, MEASURED, "a folder of real pictures", captions="prompts of your own"),
     Card("teacher-only", "a teacher's own pictures", "teacher", 5_000, TAUGHT, captions="prompts of your own"),
@@ -183,9 +183,10 @@ def extended(protocol: Protocol, also: Sequence[str]) -> Protocol:
     """
     card, plan = find(protocol.name), protocol.plan
     added = [m for m in dict.fromkeys(map(measure, also)) if m not in plan.values()]
-    variety = protocol.variety if any(protocol.variety) else variety_of(protocol.turns, protocol.count)
+    known = any(protocol.variety)
+    variety, apart = (protocol.variety, protocol.variety_apart) if known else variety_of(protocol.turns, protocol.count, added)
     for m in added:
-        _refuse_unfit(m, variety, protocol.count, protocol.turns, protocol.prompts, protocol.classes)
+        _refuse_unfit(m, protocol.turns, protocol.prompts, protocol.classes)
         if card is None and KINDS[m.kind].real and m.key not in (real := PROTOCOLS[protocol.name].reference()):
             raise ValueError(f"protocol {protocol.name!r} has real pictures as {', '.join(real)} sees them: measure {m.kind} on that, or "
                              "take protocol custom with a reference of your own")
@@ -195,24 +196,21 @@ def extended(protocol: Protocol, also: Sequence[str]) -> Protocol:
     return replace(
         protocol, metrics=(*plan, *(_name(m, card, protocol.count, variety[1]) for m in added)), measures=(*plan.values(), *added),
         further_extractors=(*protocol.further_extractors, *((each, digest_of(each)) for each in others)),
-        variety=variety if any(m.kind in VARIED for m in added) else protocol.variety)
+        variety=variety if any(m.kind in IN_PROMPT for m in added) else protocol.variety, variety_apart=apart)
 
 
-def variety_of(turns: int, count: int) -> tuple[int, int]:
-    """Prompts or classes, and pictures of each, that variety is told from."""
-    return min(VARIETY[0], turns), min(VARIETY[1], count // turns)
+def variety_of(turns: int, count: int, asked: Sequence[Measure]) -> tuple[tuple[int, int], bool]:
+    """Prompts or classes, and pictures of each, that variety is told from; and whether these are made after the `count` others, which they
+    are where it is asked for and prompts have one picture each."""
+    prompts, seeds = min(VARIETY[0], turns), min(VARIETY[1], count // turns)
+    apart = seeds < 2 and any(m.kind in IN_PROMPT for m in asked)
+    return (prompts, VARIETY[1] if apart else seeds), apart
 
 
-def _told(variety: tuple[int, int]) -> bool:
-    """Whether they are enough of both."""
-    return variety[0] >= 5 and variety[1] >= 2
-
-
-def _refuse_unfit(m: Measure, variety: tuple[int, int], count: int, turns: int, prompts: int, classes: int) -> None:
-    """ValueError for a measure that cannot be taken of so many pictures, prompts or classes; FileNotFoundError for missing words."""
-    if m.kind in VARIED and not _told(variety):
-        raise ValueError(f"{m.kind} needs five prompts or classes and two pictures of each, got {count} pictures of {turns}: give "
-                         "--prompts, or raise the count")
+def _refuse_unfit(m: Measure, turns: int, prompts: int, classes: int) -> None:
+    """ValueError for a measure that cannot be taken of so many prompts or classes; FileNotFoundError for missing words."""
+    if m.kind in IN_PROMPT and turns < FEWEST_TURNS:
+        raise ValueError(f"{m.kind} needs five prompts or classes, got {turns}: give --prompts")
     if m.kind == "clip" and not prompts:
         raise ValueError("a CLIP score needs prompts: give --prompts, or take a protocol that has some")
     if m.kind == "clip":
@@ -229,14 +227,18 @@ def make_reference(name: str, source: Path, to: Path | None = None, *, set_from:
     if card is None:
         raise ValueError(f"protocol {name!r} brings its own reference")
     path = to or card.place / REFERENCE
+    return references.make(source, bare(card, card.count, brought), path, keep=keep or card.set_count, count=card.reference_count,
+                           set_from=set_from, device=device), path
+
+
+def bare(card: Card, count: int, brought: Brought) -> Protocol:
+    """A card's draft with the measures that real pictures are needed for, and no others."""
     alone = replace(brought, also=tuple(words for words in brought.also if KINDS[measure(words).kind].real))
-    drafted = draft(card, card.count, 0, alone, bare=True)
-    return references.make(source, drafted, path, keep=keep or card.set_count, count=card.reference_count, set_from=set_from,
-                           device=device), path
+    return draft(replace(card, measures=tuple(m for m in card.measures if KINDS[m.kind].real)), count, 0, alone)
 
 
-def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), prompts: Sequence[str] = (), bare: bool = False) -> Protocol:
-    """A card's protocol but for the digest of its reference; a `bare` one holds what real pictures are needed for, and no other measure.
+def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), prompts: Sequence[str] = ()) -> Protocol:
+    """A card's protocol but for the digest of its reference.
 
     Raises FileNotFoundError for missing weights, ValueError for a measure that cannot be taken.
     """
@@ -250,14 +252,14 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
         raise ValueError(f"no extractor {extractor!r}: there are {', '.join(EXTRACTORS)}")
     classes = 0 if prompts else card.classes or brought.classes
     turns = max(1, len(prompts) or classes)
-    variety = variety_of(turns, count)
+    also = [measure(words) for words in brought.also]
+    variety, apart = variety_of(turns, count, also)
+    told = turns >= FEWEST_TURNS and variety[1] >= 2
     asked = [replace(m, extractor=extractor, kind=_called(m.kind, extractor)) if m.extractor == CHOSEN else m for m in card.measures]
-    asked = [m for m in asked if _told(variety) or m.kind not in VARIED]
-    asked += [m for m in map(measure, brought.also) if m not in asked]
-    if bare:
-        asked = [m for m in asked if KINDS[m.kind].real]
+    asked = [m for m in asked if told or m.kind not in IN_PROMPT]
+    asked += [m for m in also if m not in asked]
     for m in asked:
-        _refuse_unfit(m, variety, count, turns, len(prompts), classes)
+        _refuse_unfit(m, turns, len(prompts), classes)
     names = tuple(_name(m, card, count, variety[1]) for m in asked)
     first, *others = dict.fromkeys(m.extractor for m in asked)
     return Protocol(
@@ -267,11 +269,11 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
         precision=PRECISION, frechet_reference="all its pictures", set_reference=_evenly(card.set_count), neighbours=3,
         recall_sets=5, measures=tuple(asked), further_extractors=tuple((each, digest_of(each)) for each in others), crop=card.crop,
         metric_size=card.metric_size, prompts=len(prompts), prompts_sha256=digest_of_prompts(prompts) if prompts else "",
-        variety=variety if any(m.kind in VARIED for m in asked) else (0, 0))
+        variety=variety if any(m.kind in IN_PROMPT for m in asked) else (0, 0), variety_apart=apart)
 
 
 def measure(words: str) -> Measure:
-    """KIND:EXTRACTOR or KIND:EXTRACTOR:CONVENTION as a user writes it: kd:dinov2-l14, clip:clip-l14:100cos, lpips:alexnet:01.
+    """KIND:EXTRACTOR or KIND:EXTRACTOR:CONVENTION as a user writes it: kd:dinov2-l14, clip:clip-l14:100cos, lpips:alexnet:512.
 
     Raises ValueError for a kind, extractor or convention that there is not, or that do not go together.
     """
@@ -284,7 +286,7 @@ def measure(words: str) -> Measure:
         raise ValueError(f"{words!r}: {kind} is measured on {' or '.join(suited.get(kind, tuple(EXTRACTORS)))}")
     if kind == "clip":
         convention = convention or "cos"
-    scales = {"clip": tuple(alignment.CONVENTIONS), "lpips": tuple(RANGES)}.get(kind, ("",))
+    scales = {"clip": tuple(alignment.CONVENTIONS), "lpips": tuple(LPIPS)}.get(kind, ("",))
     if convention not in scales:
         raise ValueError(f"{words!r}: {kind} has " + (f"the conventions {', '.join(s for s in scales if s)}" if len(scales) > 1
                                                       else "no conventions"))
@@ -304,7 +306,7 @@ def _name(m: Measure, card: Card | None, count: int, seeds: int) -> str:
     head = f"{m.kind}_{NAMES.get(m.extractor, m.extractor.replace('-', '_'))}"
     if m.kind == "clip" or card is None:
         return "_".join(filter(None, (head, m.convention)))
-    if m.kind in VARIED:
+    if m.kind in IN_PROMPT:
         return f"{head}_m{seeds}" + (f"_{m.convention}" if m.convention else "")
     size = f"_{card.metric_size}" if card.metric_size and m.view == "whole" else ""
     number = f"{count // 1000}k" if count % 1000 == 0 else str(count)

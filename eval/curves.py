@@ -34,6 +34,7 @@ CURVES = (
     Curve("Stored weights moved by an update", r"moved/\w+", "near 1"),
     Curve("Looks, over the teacher's", r"look/(contrast|saturation|sharpness|spread)", "near 1"),
     Curve("Looks, less the teacher's", r"look/(brightness|clipped|grid)", "near 0"),
+    Curve("Colours, less the teacher's", r"look/(red|green|blue)", "near 0"),
     Curve("Exams by kernel distance", r"exam(_raw)?/kid_\w+(?<!_se)", "fall, then flat"),
     Curve("Exams by Fréchet distance", r"exam(_raw)?/frechet_\w+(?<!_se)", "fall, then flat"),
 )

@@ -1,7 +1,7 @@
 """Results of one protocol side by side: report.html, report.md, report.json, quality_vs_nfe.png, quality_vs_ms.png, samples.png.
 
 A difference is claimed where it is beyond two paired standard errors and its 95 % interval on one side of zero. Where there is no paired
-error, as of recall or of a row whose features were not kept, nothing is claimed.
+error, as of a row whose features were not kept, nothing is claimed.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ def _by_class(row: Row, protocol: Protocol, real: Tensor | None) -> dict[str, An
         values = kept.get(f"values/{name}")
         if values is not None and KINDS[measure.kind].unit == "sample":
             found[name] = _block(breakdown.by_class(values, kept["labels"], protocol.classes))
-        elif values is not None:
+        elif values is not None and KINDS[measure.kind].unit == "prompt":
             found[name] = {"value": values.tolist(), "se": None}
     if real is not None:
         member = metrics.members(protocol.count, protocol.groups, protocol.classes)

@@ -19,6 +19,7 @@ FEW = 3                                                 # comparisons that need 
 SPOKEN = dict(zip(SPANS, ("of the denoiser", "with text encoders", "with decoder"), strict=True))
 TIMES = 4                                               # of a sampler that are told, where it has more
 ABREAST = 6                                             # models beside one another in a table of classes: as many as paper holds
+SUSPECTS = 3                                            # of being learnt by heart that are named
 DISTANCES = ("Squared distance between the mean features of the class's pictures and of real test pictures, ± one standard error. Real: "
              "the same of real training pictures.")
 OF_ONE = ("Values are what the formula gives on all pictures, with its bias if it has one, ± one standard error of the generated sample: "
@@ -197,6 +198,8 @@ def paired(report: Mapping[str, Any]) -> list[Table]:
         rows = [(row["label"], *(cell for name in shown for cell in _difference(row["difference"].get(name), with_p))) for row in held]
         note = ("Same noise, same labels, same groups, so what both models share cancels. In brackets the 95 % interval, which stands "
                 "around the difference without its bias; one that holds 0 shows no difference.")
+        if any(KINDS[name.split("_")[0]].unit == "set" for name in shown):
+            note += " Of recall and coverage: the mean difference over disjoint sets, which are smaller than the whole and lie lower."
         heads = ("model", *(head for name in shown for head in ((name, "p") if with_p else (name,))))
         tables.append(Table(f"Difference to {report['first']}", f"{note} {correction(report)}".strip(), heads, rows))
     if counted := [row for row in report["rows"] if row["wins"]]:
@@ -245,10 +248,12 @@ def in_light(report: Mapping[str, Any]) -> list[Table]:
     tables, told = [], [row for row in report["rows"] if row["teacher"]]
     if told:
         blocks = [{**({"cosine of paired features": row["teacher"]["cos"]} if row["teacher"]["cos"] else {}),
+                   **({"LPIPS of paired pictures": row["teacher"]["lpips"]} if row["teacher"].get("lpips") else {}),
                    **{f"{name}, share of the teacher's": block for name, block in row["teacher"]["ratio"].items()},
                    **{f"drift in {name}": block for name, block in row["teacher"]["drift"].items()}} for row in told]
-        note = ("Same noise, same prompts. Contrast, saturation, sharpness, spread and latent_std are over the teacher's (1 is the "
-                "teacher's), the other drifts less the teacher's (0 is), of the first pictures of both.")
+        note = ("Same noise, same prompts; LPIPS is 0 for the teacher's own pictures. Contrast (of red, green and blue, too), saturation, "
+                "sharpness, spread and latent_std are over the teacher's (1 is the teacher's), the other drifts less the teacher's (0 is), "
+                "of the first pictures of both.")
         names = list(dict.fromkeys(name for block in blocks for name in block))
         rows = [(name, *(number(block[name]["value"], block[name]["se"]) if name in block else "" for block in blocks)) for name in names]
         tables.append(Table("In the light of the teacher", note, ("", *(row["label"] for row in told)), rows))
@@ -260,11 +265,18 @@ def in_light(report: Mapping[str, Any]) -> list[Table]:
         tables.append(Table("Outside judges", note, ("", *(row["label"] for row in judged)), rows))
     if learnt := [row for row in report["rows"] if row["memory"]]:
         note = ("Share of the pictures that lie nearer to a training picture than all but 1 % of those lie to each other, the same of "
-                "held-out real pictures, and the difference: 0 where nothing was learnt by heart.")
-        rows = [(row["label"], *(number(row["memory"][key]["value"], row["memory"][key]["se"]) for key in ("share", "held_out", "excess")))
-                for row in learnt]
-        tables.append(Table("Nearest training pictures", note, ("model", "generated", "held-out", "difference"), rows))
+                "held-out real pictures, and the difference: 0 where nothing was learnt by heart. Searched: the training pictures whose "
+                "features the reference keeps, and no others. Suspects: generated picture and nearest training picture, closest first.")
+        rows = [(row["label"], *(number(row["memory"][key]["value"], row["memory"][key]["se"]) for key in ("share", "held_out", "excess")),
+                 f"{row['memory']['train']:,}", _suspects(row["memory"]["suspects"])) for row in learnt]
+        heads = ("model", "generated", "held-out", "difference", "searched", "suspects")
+        tables.append(Table("Nearest training pictures", note, heads, rows))
     return tables
+
+
+def _suspects(found: Sequence[Sequence[Any]]) -> str:
+    """The first few, by the name of the training picture or, where the result has none, by its row in the reference."""
+    return ", ".join(f"{row} → {name[0] if name and name[0] else f'row {near}'}" for row, near, _, *name in found[:SUSPECTS])
 
 
 def _won(block: Mapping[str, Any] | None) -> tuple[str, str, str]:

@@ -81,7 +81,8 @@ def protocols(as_json: Json = False) -> None:
 
 
 def reference(
-    source: Annotated[Path, typer.Argument(help="a folder of real pictures, or published statistics (.npz with mu and sigma)")],
+    source: Annotated[Path, typer.Argument(help="a folder of real pictures or of folders of them, or published statistics (.npz with "
+                                                  "mu and sigma)")],
     protocol: Annotated[str, typer.Option(help="for which protocol: its crop, size and extractors")],
     to: Annotated[Path | None, typer.Option(help="a .safetensors file; default: where `eval` looks for the protocol's own")] = None,
     set_from: Annotated[Path | None, typer.Option(help="another source for what kernel distances and neighbours look at")] = None,

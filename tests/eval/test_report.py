@@ -117,6 +117,10 @@ def test_results_of_three_seeds_are_one_row(made, tmp_path):
     for words in ("seeds 0, 1, 2, hash without the seed", "Values are means over the seeds 0, 1, 2, ±", "## Seed by seed", "| min3 |"):
         assert words in page
     assert sum("--seed 2" in command for row in value["rows"] for command in row["commands"]) == 2
+    assert "## Without bias" not in page                                        # intervals stand around the means
+    means = [row["metrics"]["frechet_fashion"]["value"] for row in value["rows"]]
+    assert [point.y for point in charts.points(value["rows"], "nfe")] == means
+    assert "bars are 95 % intervals of the mean over seeds" in (tmp_path / "out" / "report.html").read_text().replace("\xa0", " ")
     two = report.compare([*paths["s"][:2], *paths["t"][:2]], tmp_path / "two", over_seeds=True)
     assert two["rows"][0]["seeds"]["least"] == {}
 
