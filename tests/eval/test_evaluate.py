@@ -98,6 +98,7 @@ def test_a_student_in_the_light_of_its_teacher(world: Path, taught: Path, tmp_pa
     assert 0.5 < block["cos"]["value"] < 1
     assert {"brightness", "contrast", "grid", "spread", "clipped", "sharpness"} <= set(block["drift"])
     assert not result["model"]["is_teacher"]
+    assert (result["env"]["tf32"], result["env"]["tf32_cudnn"]) == (False, False)
     assert ask("compare", taught, to, "--to", tmp_path / "report") == 0
     text = (tmp_path / "report" / "report.md").read_text()
     assert "In the light of the teacher" in text
