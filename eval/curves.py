@@ -25,8 +25,8 @@ class Curve:
 
 
 CURVES = (
-    Curve("Gap of the scores", r"student/score_gap", "falls, then a plateau above 0"),
-    Curve("Loss of the fake score", r"critic/denoise", "drops fast, then flat"),
+    Curve("Gap of the scores", r"student/score_gap(_\d+)?", "falls, then a plateau above 0"),
+    Curve("Loss of the fake score", r"critic/denoise(_\d+)?", "drops fast, then flat"),
     Curve("Accuracy of the discriminator", r"(critic|disc)/disc_accuracy", "0.6 to 0.8, moving"),
     Curve("Distance to the target", r"student/distance", "falls, then flat"),
     Curve("Gradient norms", r"grad/\w+", "falls with the rate", logarithmic=True),

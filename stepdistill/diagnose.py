@@ -7,9 +7,10 @@ model to model, shapes hardly do. The thresholds stand in `Limits`, with what he
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ class Case:
     skipped: int = 0
     updates: int = 0
     limits: Limits = LIMITS
+    phase: str = ""                                      # " of phase 2", where these are its curves
+
+    def phases(self) -> Sequence[Case]:
+        """Itself; or of a method that has scores for each phase one case a phase, to which `score_gap_2` is the gap of the scores."""
+        apart = [(name, found) for name in self.curves if (found := re.fullmatch(r"(.+/(?:score_gap|denoise))_(\d+)", name))]
+        numbers = sorted({int(found[2]) for _, found in apart})
+        return [replace(self, phase=f" of phase {number}",
+                        curves={**self.curves, **{found[1]: self.curves[name] for name, found in apart if int(found[2]) == number}})
+                for number in numbers] or [self]
 
     def eighths(self, name: str) -> list[float] | None:
         """Medians over eighths of a curve; None where it is missing or short."""
@@ -154,7 +164,8 @@ def judge(case: Case) -> list[Finding]:
     """Every illness that a rule sees, the gravest first; where a run diverges, what follows from that is left out."""
     if (worst := diverging(case)) is not None:
         return [worst]
-    return [finding for rule in RULES if (finding := rule(case)) is not None]
+    phases = case.phases()
+    return [finding for rule in RULES if (finding := next(filter(None, map(rule, phases)), None)) is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- rules
@@ -189,7 +200,7 @@ def wrong_sign(case: Case) -> Finding | None:
     if not gap or not denoise or not std or _risen(denoise) > case.limits.denoise:
         return None
     if gap[-1] > case.limits.kept * max(gap[:2]) and gap[-1] > case.limits.wide * std[-1]:
-        return Finding("wrong sign of the gradient", f"the gap of the scores was {gap[0]:.3g} and is {gap[-1]:.3g}, "
+        return Finding("wrong sign of the gradient", f"the gap of the scores{case.phase} was {gap[0]:.3g} and is {gap[-1]:.3g}, "
                        f"{gap[-1] / std[-1]:.1f} times the deviation of the samples, while the fake score followed them (its loss "
                        f"{denoise[0]:.3g}, now {denoise[-1]:.3g})",
                        "a student of distribution matching descends fake - teacher: check the sign in a loss of your own, and that "
@@ -203,22 +214,22 @@ def lagging(case: Case) -> Finding | None:
     gap, denoise = (found and _risen(found[EIGHTHS // 2 :]) for found in both)                    # at first both rise: samples get variety
     if gap and denoise and gap > case.limits.gap and denoise > case.limits.denoise:
         now = "" if case.recipe is None else f" (it is {case.recipe.method.get('fake_updates', 1)})"
-        return Finding("fake score lagging", f"in the second half the gap of the scores rose {gap:.1f}-fold from its smallest, the loss "
-                       f"of the fake score {denoise:.2f}-fold", f"raise method.fake_updates{now} or the fake score's rate, lower the "
+        return Finding("fake score lagging", f"in the second half the gap of the scores{case.phase} rose {gap:.1f}-fold from its smallest, "
+                       f"the loss of the fake score {denoise:.2f}-fold", f"raise method.fake_updates{now} or the fake score's rate, lower the "
                        "student's")
     return None
 
 
 def unstable(case: Case) -> Finding | None:
     """The scores come apart at once: one of them was thrown off."""
-    if lagging(case):
+    if any(map(lagging, case.phases())):
         return None                                                           # so they do, and go on to
     gap = case.curves.get("student/score_gap", ())
     for i in range(BEFORE, len(gap) - 1):
         usual, now = statistics.median(gap[i - BEFORE : i]), min(gap[i : i + 2])               # two lines, not one odd batch
         if now > case.limits.jump * usual:
-            return Finding("instability", f"the gap of the scores was {usual:.3g} and jumped to {max(gap[i:]):.3g}, "
-                           f"{i / len(gap):.0%} into the run", "lower the rates, the fake score's first (an adapter bears less), "
+            return Finding("instability", f"the gap of the scores{case.phase} was {usual:.3g} and jumped to {max(gap[i:]):.3g}, "
+                           f"after {i / len(gap):.0%} of its lines", "lower the rates, the fake score's first (an adapter bears less), "
                            "or optim.*.clip; train again from before the jump: variety that is lost in one seldom comes back")
     return None
 

@@ -25,6 +25,7 @@ from stepdistill.methods.base import Batch, Loss, Setup
 from stepdistill.methods.consistency import Consistency, ConsistencyConfig
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.imagine_flash import ImagineFlash, ImagineFlashConfig
+from stepdistill.methods.phased_dmd import PhasedDMD, PhasedDMDConfig
 from stepdistill.methods.swiftbrush import SwiftBrush, SwiftBrushConfig
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
@@ -82,6 +83,17 @@ def test_a_wrong_sign(start):
 def test_a_fake_score_that_lags(start):
     found = distilled(dmd2(), start, {"student": OptimRecipe(2e-3), "fake": OptimRecipe(1e-4)})
     assert record("fake score lagging", "DMD2 with a fake score at a twentieth of the student's rate", found) == ["fake score lagging"]
+
+
+def test_a_fake_score_that_lags_in_a_phase(start):
+    """Phased DMD has a gap and a fake score for each phase: those of one phase rise, and not because the other began."""
+    method = PhasedDMD(PhasedDMDConfig(), Setup(Flow(), (2,), SamplerSpec((1.0, 0.75))))
+    lines: list[dict] = []
+    distil(method, RING, start, {"student": OptimRecipe(2e-3), "fake": OptimRecipe(1e-4)}, 400, 128, lines=lines)
+    (found,) = judge(case_of(lines))
+    assert record("fake score lagging", "Phased DMD with a fake score at a twentieth of the student's rate", [found.illness]) == [
+        "fake score lagging"]
+    assert "the gap of the scores of phase 1 rose" in found.evidence
 
 
 class Jolted(DMD2):
