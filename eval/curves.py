@@ -32,6 +32,7 @@ CURVES = (
     Curve("Gradient norms", r"grad/\w+", "falls with the rate", logarithmic=True),
     Curve("Standard deviation of x0", r"student/x0_std", "near the teacher's"),
     Curve("Stored weights moved by an update", r"moved/\w+", "near 1"),
+    Curve("Size of an update, over that of the weights", r"update/\w+", "falls with the rate", logarithmic=True),
     Curve("Looks, over the teacher's", r"look/(contrast|saturation|sharpness|spread)", "near 1"),
     Curve("Looks, less the teacher's", r"look/(brightness|clipped|grid)", "near 0"),
     Curve("Exams by kernel distance", r"exam(_raw)?/kid_\w+(?<!_se)", "fall, then flat"),

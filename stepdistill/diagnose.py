@@ -7,6 +7,7 @@ model to model, shapes hardly do. The thresholds stand in `Limits`, with what he
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,7 @@ class Limits:
     grid: float = 1.5                                    # ln of power at a patch's or stride's period, more than the teacher's
     distance: float = 0.02                               # last eighth over the largest
 
+    travelled: float = 0.01                              # sizes of all updates together, over that of the weights: hardly moved
 
 LIMITS = Limits()
 
@@ -108,6 +110,11 @@ class Case:
         return statistics.fmean(values[-2:]) if values else None
 
     def guidance(self) -> str:
+    def travelled(self) -> float:
+        """How far the student's weights have come at most, over their size; inf where the log has no sizes of updates."""
+        sizes = self.curves.get("update/student")
+        return self.updates * statistics.fmean(sizes) if sizes else math.inf
+
         return "" if self.recipe is None else f" (it is {self.recipe.guidance:g})"
 
 
@@ -197,14 +204,14 @@ def diverging(case: Case) -> Finding | None:
 def wrong_sign(case: Case) -> Finding | None:
     """The student comes no nearer to the teacher, though the fake score knows it well."""
     gap, denoise, std = (case.eighths(name) for name in ("student/score_gap", "critic/denoise", "student/x0_std"))
-    if not gap or not denoise or not std or _risen(denoise) > case.limits.denoise:
+    if not gap or not denoise or not std or _risen(denoise) > case.limits.denoise or case.travelled() < case.limits.travelled:
         return None
     if gap[-1] > case.limits.kept * max(gap[:2]) and gap[-1] > case.limits.wide * std[-1]:
         return Finding("wrong sign of the gradient", f"the gap of the scores{case.phase} was {gap[0]:.3g} and is {gap[-1]:.3g}, "
                        f"{gap[-1] / std[-1]:.1f} times the deviation of the samples, while the fake score followed them (its loss "
                        f"{denoise[0]:.3g}, now {denoise[-1]:.3g})",
                        "a student of distribution matching descends fake - teacher: check the sign in a loss of your own, and that "
-                       "teacher and fake are not exchanged; with the signs right, its rate is too low to move it")
+                       "teacher and fake are not exchanged; with the signs right, its rate is too low")
     return None
 
 

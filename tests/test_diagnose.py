@@ -115,11 +115,11 @@ def test_a_student_that_is_thrown_off(start):
 
 
 def test_a_saturated_discriminator(start):
-    """It sees hardly noised samples of a student that does not move, which is found as well."""
+    """It sees hardly noised samples of a student that does not move: that one comes no nearer to the teacher is no wrong sign."""
     method = dmd2(gan_weight=1e-6, disc_weight=1.0, times=Uniform(0.02, 0.1), fake_times=Uniform(0.001, 0.1))
     found = distilled(method, start, {**RATES, "student": OptimRecipe(1e-7)})
     assert record("discriminator saturated", "DMD2 + GAN that sees hardly noised samples of a student that does not move", found) == [
-        "wrong sign of the gradient", "discriminator saturated"]
+        "discriminator saturated"]
 
 
 def test_a_target_that_collapses():

@@ -251,14 +251,14 @@ def train(method: Method[Any], roles: Roles, optim: Mapping[str, OptimRecipe], s
         batches: list[Any] = []
         for index, update in enumerate(method.plan(step)):
             batches, logs = run_update(run, step, index, update, batches)
-            norms, moved = optimizers.step(update.trains, unseen & set(update.trains) if lines is not None else ())
+            norms, changed = optimizers.step(update.trains, unseen & set(update.trains) if lines is not None else ())
             assert lines is not None or all(math.isfinite(n) for n in norms.values()), f"step {step}: gradient norms {norms}"
             method.after_update(roles, update, optimizers.counts[update.trains[0]])
             unseen -= set(update.trains)
             if watch:
                 watch(step, update)
             if lines is not None and all(math.isfinite(n) for n in norms.values()):
-                numbers = {**{f"grad/{n}": v for n, v in norms.items()}, **{f"moved/{n}": v for n, v in moved.items()}}
+                numbers = {**{f"grad/{n}": v for n, v in norms.items()}, **changed}
                 means.add({**logs, **{name: Mean.of(number, torch.device("cpu")) for name, number in numbers.items()}})
             elif lines is not None:
                 skipped += 1
