@@ -47,8 +47,10 @@ class Limits:
     sharpness: float = 0.5
     grid: float = 1.5                                    # ln of power at a patch's or stride's period, more than the teacher's
     distance: float = 0.02                               # last eighth over the largest
-
+    flat: float = 0.3                                    # contrast and spread, both, of pictures that show nothing; healthy: 0.7
+    exam: float = 4.0                                    # standard errors of the difference, from the best exam to the last
     travelled: float = 0.01                              # sizes of all updates together, over that of the weights: hardly moved
+
 
 LIMITS = Limits()
 
@@ -109,12 +111,12 @@ class Case:
         values = self.curves.get(name, ())
         return statistics.fmean(values[-2:]) if values else None
 
-    def guidance(self) -> str:
     def travelled(self) -> float:
         """How far the student's weights have come at most, over their size; inf where the log has no sizes of updates."""
         sizes = self.curves.get("update/student")
         return self.updates * statistics.fmean(sizes) if sizes else math.inf
 
+    def guidance(self) -> str:
         return "" if self.recipe is None else f" (it is {self.recipe.guidance:g})"
 
 
@@ -222,8 +224,8 @@ def lagging(case: Case) -> Finding | None:
     if gap and denoise and gap > case.limits.gap and denoise > case.limits.denoise:
         now = "" if case.recipe is None else f" (it is {case.recipe.method.get('fake_updates', 1)})"
         return Finding("fake score lagging", f"in the second half the gap of the scores{case.phase} rose {gap:.1f}-fold from its smallest, "
-                       f"the loss of the fake score {denoise:.2f}-fold", f"raise method.fake_updates{now} or the fake score's rate, lower the "
-                       "student's")
+                       f"the loss of the fake score {denoise:.2f}-fold", f"raise method.fake_updates{now} or the fake score's rate, lower "
+                       "the student's")
     return None
 
 
@@ -290,6 +292,16 @@ def collapsed(case: Case) -> Finding | None:
                    "(target_decay), and begin at the teacher's weights")
 
 
+def flat(case: Case) -> Finding | None:
+    """Pictures of one colour, whatever is asked for."""
+    contrast, spread = case.last("look/contrast"), case.last("look/spread")
+    if contrast is None or spread is None or max(contrast, spread) > case.limits.flat or stuck(case) or collapsed(case):
+        return None
+    return Finding("collapsed student", f"its pictures have {contrast:.2f} of the contrast of the teacher's and vary {spread:.2f} times as "
+                   "much within a class or prompt", "lower the student's rate and go on from a checkpoint before it began; in distribution "
+                   "matching raise method.fake_updates; where pictures were never more than that, train longer or with more steps")
+
+
 def gridded(case: Case) -> Finding | None:
     """Power at the period of patches or strides."""
     grid = case.last("look/grid")
@@ -299,8 +311,23 @@ def gridded(case: Case) -> Finding | None:
     return None
 
 
+def past_its_best(case: Case) -> Finding | None:
+    """A last exam that is worse than the best one, by more than chance allows; in the measure that chooses the best checkpoint."""
+    chosen = "" if case.recipe is None else case.recipe.exam.best
+    for name in sorted(name for name in case.curves if name.startswith(f"exam/{chosen}") and f"{name}_se" in case.curves):
+        marks, errors = case.curves[name], case.curves[f"{name}_se"]
+        best = min(range(len(marks)), key=marks.__getitem__)
+        worse, error = marks[-1] - marks[best], math.hypot(errors[best], errors[-1])
+        if worse > case.limits.exam * error:
+            average = "" if f"exam_raw/{name[5:]}" in case.curves else " and keep an average of the weights (ema_decay), which jumps less"
+            return Finding("past its best", f"{name} was {marks[best]:.3g} in exam {best + 1} of {len(marks)} and is {marks[-1]:.3g} in "
+                           f"the last, {worse / max(error, 1e-12):.0f} standard errors more", "export the best checkpoint, with "
+                           f"`stepdistill export --best`; to train on, lower the rates{average}")
+    return None
+
+
 RULES: tuple[Callable[[Case], Finding | None], ...] = (stuck, wrong_sign, lagging, unstable, saturated_discriminator, collapsed,
-                                                       oversaturated, mode_loss, gridded)
+                                                       flat, oversaturated, mode_loss, gridded, past_its_best)
 
 
 def _risen(found: Sequence[float]) -> float:

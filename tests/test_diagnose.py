@@ -14,6 +14,7 @@ from tiny import log_lines, snapshot, tiny_recipe
 from toys import FastDraws, Mlp, Oracle, distil, draw_student, four, pretrained, ring
 
 from stepdistill import diagnose as physician
+from stepdistill import recipe as recipes
 from stepdistill.cli import run as command
 from stepdistill.diagnose import Case, case_of, examine, judge
 from stepdistill.diffusion.process import Flow
@@ -192,6 +193,16 @@ def test_too_much_guidance():
     assert record("oversaturation", "an exact teacher, guidance 4", looks(much, plain)) == ["oversaturation"]
 
 
+def test_pictures_of_one_colour():
+    """Points that are hardly apart, or one point, make pictures as good as grey; points half as far apart as the teacher's do not."""
+    truth = RING.data(1024, torch.Generator().manual_seed(0))
+    teacher = rendered(truth)
+    assert looks(rendered(0.5 * truth), teacher) == []
+    for share in (0.05, 0.0):
+        assert record("collapsed student", f"pictures of {share:.0%} of the contrast", looks(rendered(share * truth), teacher)) == [
+            "collapsed student"]
+
+
 def test_a_lattice():
     generator = torch.Generator().manual_seed(0)
     coarse = torch.nn.functional.interpolate(128 + 30 * torch.randn(64, 1, 4, 4, generator=generator), size=32, mode="bicubic")
@@ -202,6 +213,37 @@ def test_a_lattice():
     values = against(drift(woven, one), drift(clean, one))
     found = illnesses([{"step": 0, **{f"look/{name}": value for name, value in values.items()}}])
     assert "grid artefacts" in record("grid artefacts", "pictures with every fourth column brighter", found)
+
+
+# ---- illnesses of exams
+
+def examined(kid: list[float], frechet: list[float] | None = None, raw: bool = False) -> list[dict]:
+    """Lines as exams write them, with a standard error of 0.01; `raw` where an average is kept as well."""
+    marks = {f"{kind}/{name}": values for kind in ("exam", "exam_raw")[: 1 + raw]
+             for name, values in (("frechet_x", frechet or kid), ("kid_x", kid))}
+    return [{"step": 100 * i, **{key: values[i] for key, values in marks.items()}, **{f"{key}_se": 0.01 for key in marks}}
+            for i in range(len(kid))]
+
+
+def test_an_exam_that_jumps_up():
+    lines = examined([0.5, 0.3, 0.2, 0.21, 0.4])
+    assert record("past its best", "an exam 14 standard errors above the best", illnesses(lines)) == ["past its best"]
+    (found,) = judge(case_of(lines))
+    assert "0.2 in exam 3 of 5 and is 0.4" in found.evidence
+    assert "export --best" in found.remedy
+    assert "ema_decay" in found.remedy
+    (found,) = judge(case_of(examined([0.5, 0.2, 0.4], raw=True)))
+    assert "ema_decay" not in found.remedy
+
+
+def test_exams_that_only_waver():
+    """Within what chance explains, or better again in the end; and only the measure that chooses the best checkpoint counts."""
+    for kid in ([0.2], [0.5, 0.2, 0.24], [0.5, 0.2, 0.4, 0.19]):
+        assert illnesses(examined(kid)) == []
+    lines = examined([0.5, 0.2, 0.21], [0.5, 0.2, 0.4])
+    for best, found in (("kid", []), ("frechet", ["past its best"])):
+        recipe = recipes.load("fashion/dmd2_datafree", [f"exam={{every: 100, best: {best}}}"])
+        assert [finding.illness for finding in judge(case_of(lines, recipe))] == found
 
 
 # ---- whole runs
@@ -333,6 +375,7 @@ def test_every_finding_reads_well():
              {"grad/fake": flat[:28] + [99.0] * 4}, {"student/score_gap": rising, "critic/denoise": rising},
              {"student/score_gap": flat, "critic/denoise": flat, "student/x0_std": flat}, {"disc/disc_accuracy": [0.99] * 32},
              {"look/contrast": [1.5], "look/clipped": [0.3], "look/saturation": [1.4]}, {"look/spread": [0.2]}, {"look/grid": [4.0]},
+             {"look/spread": [0.0], "look/contrast": [0.0]}, {"exam/kid_x": [0.1, 0.5], "exam/kid_x_se": [0.0, 0.0]},
              {"student/distance": [x**4 for x in falling], "student/x0_std": falling}]
     for curves in cases:
         (found,) = judge(Case(curves))
