@@ -180,6 +180,8 @@ def train(run: Run, out: Path, hooks: Sequence[Hook] = ()) -> Outcome:
             halt = stop(accelerator)
             if done % recipe.log_every == 0 or last:
                 values, unseen = means.take(run), set(run.roles.trains)
+                if run.ema:
+                    values["ema/distance"] = run.ema.distance(run.roles.module("student"))
                 accelerator.log(values, step=done)
                 if log:
                     rates = {f"lr/{n}": v for n, v in run.optim.rates().items()}

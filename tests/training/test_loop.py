@@ -61,6 +61,10 @@ def test_the_average_follows_the_student_and_nobody_else(base: Path, tmp_path: P
     tensors = final_tensors(tmp_path / "run")
     torch.testing.assert_close(tensors["ema/conv_in.weight"], average, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(average, tensors["role/student/conv_in.weight"], atol=1e-5)
+    averages = {name: value for name, value in tensors.items() if name.startswith("ema/")}
+    apart = sum((value - tensors[f"role/student/{name[4:]}"]).square().sum() for name, value in averages.items())
+    size = sum(value.square().sum() for value in averages.values())
+    assert log_lines(tmp_path / "run")[-1]["ema/distance"] == pytest.approx(float(apart / size) ** 0.5, rel=1e-4)
 
 
 def test_no_average_where_none_is_asked_for(base: Path) -> None:
