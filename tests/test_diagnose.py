@@ -1,9 +1,10 @@
 """Each illness is made on purpose and found, by its name and no other's; the healthy toys and stored logs raise no alarm.
 
-Distillations through `toys.distil` are held to be healthy wherever they run in this suite.
+Distillations through `toys.train` are held to be healthy wherever they run in this suite.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from stepdistill.diffusion.sampler import SamplerSpec, sample
 from stepdistill.diffusion.times import Uniform
 from stepdistill.drift import against, drift
 from stepdistill.export import export
+from stepdistill.methods import METHODS
 from stepdistill.methods.base import Batch, Loss, Setup
 from stepdistill.methods.consistency import Consistency, ConsistencyConfig
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
@@ -61,6 +63,12 @@ def distilled(method, start: Denoiser, rates=RATES, steps: int = 400, batch: int
 
 def test_a_healthy_run_is_silent(start):
     assert record("", "DMD2", distilled(dmd2(), start)) == []
+
+
+def test_every_method_has_a_toy_that_is_judged():
+    """Each such test is marked, and conftest.py sees to it that it has recorded a run of that method."""
+    tests = [path.read_text() for path in (Path(__file__).parent / "methods").glob("test_*.py")]
+    assert {name for text in tests for name in re.findall(r'mark\.judges\("(\w+)"\)', text)} == set(METHODS)
 
 
 def climbing(student_loss):
@@ -189,7 +197,7 @@ def test_too_much_guidance():
     points = {w: sample(teacher, SamplerSpec(tuple((50 - i) / 50 for i in range(50)), renoise=0, guidance=w), cond,
                         FastDraws(0, range(2048)), (2,)) for w in (1.0, 1.25, 4.0)}
     plain, some, much = (rendered(points[w]) for w in (1.0, 1.25, 4.0))
-    assert looks(some, plain) == []
+    assert record("", "an exact teacher, guidance 1.25", looks(some, plain)) == []
     assert record("oversaturation", "an exact teacher, guidance 4", looks(much, plain)) == ["oversaturation"]
 
 
@@ -197,7 +205,7 @@ def test_pictures_of_one_colour():
     """Points that are hardly apart, or one point, make pictures as good as grey; points half as far apart as the teacher's do not."""
     truth = RING.data(1024, torch.Generator().manual_seed(0))
     teacher = rendered(truth)
-    assert looks(rendered(0.5 * truth), teacher) == []
+    assert record("", "pictures of half the contrast", looks(rendered(0.5 * truth), teacher)) == []
     for share in (0.05, 0.0):
         assert record("collapsed student", f"pictures of {share:.0%} of the contrast", looks(rendered(share * truth), teacher)) == [
             "collapsed student"]
@@ -239,11 +247,12 @@ def test_an_exam_that_jumps_up():
 def test_exams_that_only_waver():
     """Within what chance explains, or better again in the end; and only the measure that chooses the best checkpoint counts."""
     for kid in ([0.2], [0.5, 0.2, 0.24], [0.5, 0.2, 0.4, 0.19]):
-        assert illnesses(examined(kid)) == []
+        assert record("", "exams that waver", illnesses(examined(kid))) == []
     lines = examined([0.5, 0.2, 0.21], [0.5, 0.2, 0.4])
     for best, found in (("kid", []), ("frechet", ["past its best"])):
         recipe = recipes.load("fashion/dmd2_datafree", [f"exam={{every: 100, best: {best}}}"])
-        assert [finding.illness for finding in judge(case_of(lines, recipe))] == found
+        names = [finding.illness for finding in judge(case_of(lines, recipe))]
+        assert record("".join(found), f"the last exam is worse by frechet; {best} chooses", names) == found
 
 
 # ---- whole runs
