@@ -30,6 +30,7 @@ from stepdistill.diffusion.solver import follow, jump, jump_or_stay
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.denoising import denoising_loss
 from stepdistill.losses.distance import huber_or_l2
+from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Images, Loss, Method, Stream, Update
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
@@ -92,7 +93,7 @@ class CTM(Method[CTMConfig]):
         estimate = self.clean(m, jump(pred, process, r), r, cond)
         distance = huber_or_l2(estimate, target, cfg.huber).mean()
         return Loss(distance + cfg.denoise_weight * denoise,
-                    {"distance": distance, "denoise": denoise, "x0_std": pred.x0.detach().std()})
+                    {"distance": distance, "denoise": denoise, **level(pred.x0)})
 
     def clean(self, m: Roles, x_r: Tensor, r: Tensor, cond: Conditioning) -> Tensor:
         """G_target(x_r, r -> 0), and x_r itself where r is 0: there the target is asked at another time, so that no gradient is 0/0."""

@@ -27,6 +27,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.times import LogNormal
 from stepdistill.losses.consistency import moved_by, normalised, trig_output
+from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Images, Loss, Method, Stream
 from stepdistill.methods.continuous import Velocity, tangent
 from stepdistill.models.roles import Role, Roles
@@ -76,4 +77,4 @@ class SCM(Method[SCMConfig]):
         loss = moved_by(trig_output(pred, cfg.data_std), g)
         if cfg.weight == "tan":
             loss = loss * (pred.alpha / pred.sigma).to(loss)                # 1/(sd·tan(theta)) = 1/k
-        return Loss(loss.mean(), {"tangent": size.mean(), "x0_std": pred.x0.detach().std()})
+        return Loss(loss.mean(), {"tangent": size.mean(), **level(pred.x0)})

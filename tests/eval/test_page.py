@@ -416,6 +416,14 @@ def test_healthy_curves_are_described_in_the_readmes_words():
         assert any(curve.healthy in cell for cell in cells), curve.title
 
 
+@pytest.mark.parametrize("name", [
+    "student/score_gap", "student/score_gap_2", "student/score_gap_s25", "critic/denoise", "critic/denoise_1", "critic/disc_accuracy",
+    "critic/disc_accuracy_real", "disc/disc_accuracy_generated", "student/x0_mean", "student/x0_std", "grad/disc", "moved/fake_1",
+    "update/student", "ema/distance", "look/contrast", "exam/kid_fashion", "exam_raw/frechet_tiny_teacher"])
+def test_what_a_run_logs_is_drawn_once(name):
+    assert len([curve for curve in curves.CURVES if curves.lines([{"step": 0, name: 1.0}], curve.names)]) == 1
+
+
 def test_an_ill_run_is_told(made, tmp_path):
     trained = trained_in(tmp_path)
     rows = [json.loads(line) | {"critic/disc_accuracy": 0.99} for line in (trained / "log.jsonl").read_text().splitlines()]
@@ -427,7 +435,7 @@ def test_an_ill_run_is_told(made, tmp_path):
     assert "illness discriminator saturated" in told.page.words
     assert "what helps lower method.gan_weight" in told.page.words
     assert re.search(r"ill: dmd2, 640 of 640 steps: 1 known illness seen\.\n\n- discriminator saturated: .* What helps:", told.markdown)
-    gap = next(drawn for curve, drawn in curves.read(trained).curves if curve.names == r"student/score_gap")
+    gap = next(drawn for curve, drawn in curves.read(trained).curves if curve.title == "Gap of the scores")
     assert len(gap["student/score_gap"]) == sum("student/score_gap" in row for row in rows) - 1
     assert gap["student/score_gap"][0] == (rows[0]["step"], rows[0]["student/score_gap"])
 

@@ -203,6 +203,7 @@ def composed(student: Denoiser, count: int = 4096) -> tuple[float, float]:
     return float((twice - once).abs().mean()), float((once[:, 0] - LINE.flow_map(x[:, 0], t, r)).abs().mean())
 
 
+@pytest.mark.judges("ctm")
 def test_more_steps_come_closer_to_the_flow():
     """In small: 300 updates of 256 halve the errors of what it starts from, 1.5, .68 and .37 in 1, 2 and 4 steps."""
     start = told(pretrained(LINE, 96, 400, batch=256), ("s",))

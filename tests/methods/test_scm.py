@@ -250,6 +250,7 @@ def measured(teacher: MixtureTeacher, student: Denoiser) -> tuple[float, float, 
     return float((one - teacher.flow_map(z, 1.0, 0.0)).abs().mean()), float(one.std()), sliced_wasserstein(two, data)
 
 
+@pytest.mark.judges("scm")
 def test_two_modes_in_small():
     """120 updates of 256 from a denoiser that puts out the mean: an error of .87, SW2 .64 and no width."""
     error, std, distance = measured(LINE, trained(LINE, 300, 120, 256))
