@@ -54,6 +54,11 @@ class Mlp(nn.Module):
             h = h + self.embed(class_labels)
         return (self.leave(self.trunk(h[:, None]))[:, 0],)
 
+    @property
+    def proj_out(self) -> nn.Linear:
+        """The last layer by the name that diffusers gives it."""
+        return self.leave
+
 
 class ToldMlp(Mlp):
     """A copy of an Mlp that is told numbers (B, count) besides its time; w - 1 may reach 4, so all are told in quarters."""
@@ -205,7 +210,8 @@ def toy_roles(needs: Mapping[str, Role], teacher: Denoiser, student: Denoiser, s
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(key(seed, name))
                 x = torch.zeros(1, student.network.leave.out_features)
-                heads[name] = role.of, Discriminator(student(x, f64([0.5]), Conditioning(), tap=True).features)
+                read = teacher if role.of == "teacher" and teacher.taps else student
+                heads[name] = role.of, Discriminator(read(x, f64([0.5]), Conditioning(), tap=True).features)
     judges = {name: judge for name, role in needs.items() if role.source == "judge" and judge is not None}
     roles = ToyRoles(denoisers, heads, [name for name, role in needs.items() if role.trains], judges)
     roles.start = student.network
@@ -227,7 +233,7 @@ def run_of(method: Method[Any], roles: Roles, draws: Callable[[int, int], Draws]
     return SimpleNamespace(recipe=SimpleNamespace(accumulate=1), roles=roles, method=method, batch=data,
                            teacher=SimpleNamespace(shape=method.setup.shape),
                            draws=lambda step, update, micro: draws(step, update),
-                           accelerator=SimpleNamespace(backward=lambda loss: loss.backward()))
+                           accelerator=SimpleNamespace(backward=lambda loss: loss.backward(), reduce=lambda sums, how: sums))
 
 
 def train(method: Method[Any], roles: Roles, optim: Mapping[str, OptimRecipe], steps: int, draws: Callable[[int, int], Draws],
@@ -238,7 +244,6 @@ def train(method: Method[Any], roles: Roles, optim: Mapping[str, OptimRecipe], s
     `lines` takes what the log would hold, in 64 lines; without them a gradient that is not finite is an error.
     """
     run, every, means, unseen = run_of(method, roles, draws, data), max(1, steps // 64), Means(), set(roles.trains)
-    run.accelerator.reduce = lambda sums, how: sums
     stages, begins, skipped = [stage for stage in method.stages(steps) if stage.steps], 0, 0
     optimizers = Optimizers(roles, optim, {**dict.fromkeys(roles.trains, 0), **updates_of(method, steps)}, restarts_of(method, stages))
     for step in range(steps):
