@@ -29,6 +29,7 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.roles import Role, Roles
+from stepdistill.models.variance import LogVariance
 from stepdistill.recipe import OptimRecipe
 from stepdistill.training.assemble import restarts_of, run_update, updates_of
 from stepdistill.training.log import Means
@@ -206,12 +207,13 @@ def toy_roles(needs: Mapping[str, Role], teacher: Denoiser, student: Denoiser, s
                  for name, role in needs.items() if role.source == "teacher"}
     heads = {}
     for name, role in needs.items():
-        if role.source == "head":
+        if role.source in ("head", "variance"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(key(seed, name))
                 x = torch.zeros(1, student.network.leave.out_features)
                 read = teacher if role.of == "teacher" and teacher.taps else student
-                heads[name] = role.of, Discriminator(read(x, f64([0.5]), Conditioning(), tap=True).features)
+                heads[name] = role.of, (LogVariance() if role.source == "variance" else
+                                        Discriminator(read(x, f64([0.5]), Conditioning(), tap=True).features))
     judges = {name: judge for name, role in needs.items() if role.source == "judge" and judge is not None}
     roles = ToyRoles(denoisers, heads, [name for name, role in needs.items() if role.trains], judges)
     roles.start = student.network
