@@ -15,7 +15,8 @@ of 0..999 leaves dF/dtheta larger than it need be.
 
 Differs from the paper: |g| is the root mean square; v sees ln(k)/4, as in EDM2, begins at 0, and is off by default. As g is normalised
 its optimum is known, exp(v) = the mean of w·(|g|/(|g| + c))²: it takes w back, which is `weight: even`, and raises what c holds down where
-the tangent is small. On the two modes of the tests 800 updates leave an error of .18 without it, .48 with even weights and .84 with it.
+the tangent is small. On the two modes of the tests 800 updates of 256 leave an error of .18 without it (two seeds), .48 with even weights,
+and .23, .38 and .84 with it, by seed and by the rate of v.
 """
 
 from __future__ import annotations
