@@ -29,6 +29,7 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.roles import Role, Roles
+from stepdistill.models.variance import LogVariance
 from stepdistill.recipe import OptimRecipe
 from stepdistill.training.assemble import restarts_of, run_update, updates_of
 from stepdistill.training.log import Means
@@ -53,6 +54,11 @@ class Mlp(nn.Module):
         if self.embed is not None and class_labels is not None:
             h = h + self.embed(class_labels)
         return (self.leave(self.trunk(h[:, None]))[:, 0],)
+
+    @property
+    def proj_out(self) -> nn.Linear:
+        """The last layer by the name that diffusers gives it."""
+        return self.leave
 
 
 class ToldMlp(Mlp):
@@ -201,11 +207,13 @@ def toy_roles(needs: Mapping[str, Role], teacher: Denoiser, student: Denoiser, s
                  for name, role in needs.items() if role.source == "teacher"}
     heads = {}
     for name, role in needs.items():
-        if role.source == "head":
+        if role.source in ("head", "variance"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(key(seed, name))
                 x = torch.zeros(1, student.network.leave.out_features)
-                heads[name] = role.of, Discriminator(student(x, f64([0.5]), Conditioning(), tap=True).features)
+                read = teacher if role.of == "teacher" and teacher.taps else student
+                heads[name] = role.of, (LogVariance() if role.source == "variance" else
+                                        Discriminator(read(x, f64([0.5]), Conditioning(), tap=True).features))
     judges = {name: judge for name, role in needs.items() if role.source in ("judge", "features") and judge is not None}
     roles = ToyRoles(denoisers, heads, [name for name, role in needs.items() if role.trains], judges)
     roles.start = student.network
@@ -227,7 +235,7 @@ def run_of(method: Method[Any], roles: Roles, draws: Callable[[int, int], Draws]
     return SimpleNamespace(recipe=SimpleNamespace(accumulate=1), roles=roles, method=method, batch=data,
                            teacher=SimpleNamespace(shape=method.setup.shape),
                            draws=lambda step, update, micro: draws(step, update),
-                           accelerator=SimpleNamespace(backward=lambda loss: loss.backward()))
+                           accelerator=SimpleNamespace(backward=lambda loss: loss.backward(), reduce=lambda sums, how: sums))
 
 
 def train(method: Method[Any], roles: Roles, optim: Mapping[str, OptimRecipe], steps: int, draws: Callable[[int, int], Draws],
@@ -240,7 +248,6 @@ def train(method: Method[Any], roles: Roles, optim: Mapping[str, OptimRecipe], s
     """
     seen: list[dict[str, float]] = [] if lines is None else lines
     run, every, means, unseen = run_of(method, roles, draws, data), max(1, steps // 64), Means(), set(roles.trains)
-    run.accelerator.reduce = lambda sums, how: sums
     stages, begins, skipped = [stage for stage in method.stages(steps) if stage.steps], 0, 0
     optimizers = Optimizers(roles, optim, {**dict.fromkeys(roles.trains, 0), **updates_of(method, steps)}, restarts_of(method, stages))
     for step in range(steps):
