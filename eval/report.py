@@ -289,7 +289,8 @@ def _judged(row: Row, first: Row) -> dict[str, Any]:
 
 def _by_class(row: Row, protocol: Protocol, real: Tensor | None) -> dict[str, Any] | None:
     """By metric what each class has: means of its samples' values with standard errors, or the value that is told of a class, without one.
-    `distance`: squared distance of the mean features to real ones (classes, d), where these are known."""
+    `distance`: squared distance of the mean features to real ones (classes, d), where these are known. None without classes or features,
+    and of several seeds."""
     kept = row.kept
     if kept is None or not protocol.classes:
         return None
@@ -312,7 +313,7 @@ def _block(estimates: Sequence[Estimate]) -> dict[str, list[float]]:
 
 def _by_prompt(rows: Sequence[Row], protocol: Protocol) -> dict[str, Any]:
     """`first`: the texts of the first prompts. `extremes`: by metric, of those that have a value for each prompt, the numbers and texts of
-    the best and the worst, and each row's values of these (None without features)."""
+    the best and the worst, and each row's values of these (None without features, and of several seeds)."""
     if not protocol.prompts:
         return {"first": [], "extremes": {}}
     texts = max((row.prompts for row in rows), key=len)

@@ -169,7 +169,7 @@ def _commit() -> str | None:
 
 
 def features_path(path: Path, extractor: str) -> Path:
-    """Where a result keeps its features of an extractor, or of a `Measure.key`."""
+    """Where a result keeps its features of an extractor, or of a `measures.key_of`."""
     return path.with_name(f"{path.stem}.features_{extractor}.safetensors")
 
 
@@ -263,15 +263,15 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def read_features(path: Path, result: Mapping[str, Any], key: str | None = None) -> dict[str, Tensor] | None:
-    """What the result at `path` keeps of an extractor or a `Measure.key`: features (N, d), and of the first extractor, which is meant where
-    none is named, labels (N,), predicted (N,) of a classifier, and what pairs results. None and errors as `read_tensors`."""
+    """What the result at `path` keeps of an extractor or a `measures.key_of`: features (N, d), and of the first extractor, which is meant
+    where none is named, labels (N,), predicted (N,) of a classifier, and what pairs results. None and errors as `read_tensors`."""
     protocol = Protocol.from_dict(result["protocol"])
     first, place = key in (None, protocol.extractor), features_path(path, key or protocol.extractor)
     rows = protocol.total - protocol.count if key is not None and key.endswith(measures.APART) else protocol.count
     kept = read_tensors(place, result, dict.fromkeys(("features", "labels") if first else ("features",), rows))
     if kept is not None and first:
-        pairs, later = measures.rows_kept(protocol), {f"values/{name}" for name, m in protocol.plan.items() if KINDS[m.kind].unit == "set"}
-        pairs = {name: rows for name, rows in pairs.items() if name in kept or name not in later}
+        sets = {f"values/{name}" for name, measure in protocol.plan.items() if KINDS[measure.kind].unit == "set"}
+        pairs = {name: rows for name, rows in measures.rows_kept(protocol).items() if name in kept or name not in sets}
         before = protocol.name == "fashion" and not set(pairs) & set(kept)       # results of before they kept them; sets came last
         _refuse_damaged(place, kept, ({} if before else pairs) | ({"predicted": protocol.count} if "predicted" in kept else {}))
     return kept
