@@ -39,16 +39,22 @@ def measure_again(path: Path, also: Sequence[str], to: Path, *, reference: Path 
         raise ValueError(f"{path} is a result, to which one process adds measures alone: run eval without torchrun")
     result = score.read_result(path)
     old, asked = Protocol.from_dict(result["protocol"]), result.get("asked", {})
+    card = cards.find(old.name)
+    if card is None:
+        raise ValueError(f"{path} is of the shipped protocol {old.name!r}: score the model itself with --also")
     for measure in map(cards.measure, also):
         _refuse_unseen(path, old, measure)
     protocol = cards.extended(old, also)
+    if protocol.total > old.total:
+        raise ValueError(f"{path} has one picture of each prompt, and variety needs more of them: score the model itself with --also")
+    if protocol == old:
+        raise ValueError("there is nothing to add: name a measure that is not there yet with --also KIND:EXTRACTOR")
     added = {name: measure for name, measure in protocol.plan.items() if name not in old.plan}
-    card = cards.CARDS[old.name]
     found = _reference(path, old, protocol, card, _first(reference, asked.get("reference"), _beside(path, card, asked.get("against"))))
     protocol = protocol if found is None else replace(protocol, set_reference=cards.set_reference(card, protocol, found))
     texts = _texts(path, protocol, card, score.readers(added), _first(prompts, asked.get("prompts")), device)
 
-    needed = {old.extractor, *(measure.key for measure in added.values())}
+    needed = {old.extractor, *(measures.key_of(measure, old) for measure in added.values())}
     kept = {key: _kept(path, result, key) for key in keys_of(old) if key in needed or score.features_path(path, key).is_file()}
     first = kept.pop(old.extractor)
     pictures = score.read_samples(score.samples_path(path), result)
@@ -61,7 +67,7 @@ def measure_again(path: Path, also: Sequence[str], to: Path, *, reference: Path 
     pairs = {name: tensor for name, tensor in first.items() if name in measures.rows_kept(old)}
     scored = score.Scored(estimates | {name: each.estimate for name, each in more.items()}, first["features"], first["labels"],
                           first.get("predicted"), {key: tensors["features"] for key, tensors in kept.items()},
-                          pairs | measures.packed(more))
+                          pairs | measures.packed(more), score.prompts_in(first))
     with exact():
         env = score.environment(device)
     brought = {name: str(file) for name, file in (("reference", reference), ("prompts", prompts)) if file is not None}
@@ -75,7 +81,7 @@ def measure_again(path: Path, also: Sequence[str], to: Path, *, reference: Path 
 
 def keys_of(protocol: Protocol) -> tuple[str, ...]:
     """What a result of the protocol keeps features of, its first extractor first."""
-    return tuple(dict.fromkeys((protocol.extractor, *(m.key for m in protocol.plan.values() if m.kind != "lpips"))))
+    return tuple(dict.fromkeys((protocol.extractor, *(measures.key_of(m, protocol) for m in protocol.plan.values() if m.kind != "lpips"))))
 
 
 def _refuse_unseen(path: Path, protocol: Protocol, measure: Measure) -> None:
@@ -84,8 +90,9 @@ def _refuse_unseen(path: Path, protocol: Protocol, measure: Measure) -> None:
         raise ValueError(f"lpips looks at pictures, and {path} kept features alone: {again}")
     if measure.kind in ANSWERS:
         raise ValueError(f"{measure.kind} reads the answers of {measure.extractor}, and {path} kept its features alone: {again}")
-    if measure.key not in keys_of(protocol):
+    if (key := measures.key_of(measure, protocol)) not in keys_of(protocol):
         whose = measure.extractor if measure.view == "whole" else f"{measure.extractor} on the middle of pictures"
+        whose += " on the pictures of variety" * key.endswith(measures.APART)
         raise ValueError(f"{measure.kind} needs {whose}, which never ran for {path} (what did: {', '.join(keys_of(protocol))}): {again}")
 
 

@@ -1,4 +1,4 @@
-"""A score taken apart: class by class, and sample by sample against another model. Tensors in, numbers out."""
+"""A score taken apart: class by class, prompt by prompt, and sample by sample against another model. Tensors in, numbers out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from stepdistill.eval import metrics
 from stepdistill.eval.metrics import Estimate
+
+EACH = 10                                               # of the best and of the worst, where all are too many
 
 
 def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -34,9 +36,17 @@ def class_distances(features: Tensor, labels: Tensor, real: Tensor, member: Tens
     return found
 
 
-def class_accuracies(predicted: Tensor, labels: Tensor, classes: int) -> list[Estimate]:
-    """Share of each class's samples (N,) that a classifier takes for it, with Wilson's interval."""
-    return [metrics.proportion(predicted[labels == label] == label) for label in range(classes)]
+def by_class(values: Tensor, labels: Tensor, classes: int) -> list[Estimate]:
+    """Mean of each class's values (N,), at least two; of hits and misses their share, with Wilson's interval."""
+    each = [values[labels == label] for label in range(classes)]
+    return [metrics.proportion(mine) if mine.dtype == torch.bool else metrics.mean_estimate(mine) for mine in each]
+
+
+def extremes(values: Tensor, upwards: bool, each: int = EACH) -> list[int]:
+    """Which columns of values (models, P) have the best and the worst means over the models, from best to worst: so many of each, or all P.
+    The best are the largest ones where better values lie `upwards`."""
+    order = values.double().mean(0).argsort(descending=upwards, stable=True).tolist()
+    return order if len(order) <= 2 * each else order[:each] + order[-each:]
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ import torch
 from stepdistill.data.prompts import read_prompts
 from stepdistill.eval import alignment, diversity, references, weights
 from stepdistill.eval.extractors import EXTRACTORS, TEXT_IMAGE, digest_of, weights_of
-from stepdistill.eval.measures import KINDS, RANGES
+from stepdistill.eval.measures import IN_PROMPT, KINDS, LPIPS
 from stepdistill.eval.protocol import BATCH, PRECISION, PROTOCOLS, Measure, Protocol, Real, groups_of, hash_of, unknown
 
 CHOSEN, USUAL = "", "dinov2-l14"                        # in a card: the extractor that the user names, and the one where none is named
 REFERENCE, PROMPTS = "reference.safetensors", ("prompts.txt", "prompts.jsonl", "prompts.csv")
 VARIETY = (200, 8)                                      # most prompts and seeds of each that variety is told from
-VARIED = ("variety", "vendi", "lpips")                  # kinds of measures that tell it
+FEWEST_TURNS = 5                                        # prompts or classes that it needs
 FEWEST = 50                                             # pictures of a score
 NAMES = {"clip-g14": "vit_g14_laion2b", "clip-l14": "vit_l14_openai", "clip-b32": "vit_b32_openai", diversity.JUDGE: "alex"}
 
@@ -91,7 +91,7 @@ CARDS = {card.name: card for card in (
          "the pictures of COCO 2017 val (http://images.cocodataset.org/zips/val2017.zip)", 5_000,
          "the first caption of each picture of COCO 2017 val, in the order of the pictures' names", 5_000, crop="centre", metric_size=256),
     Card("mjhq-30k", "MJHQ-30K", "mjhq", 30_000, (Measure("fid", "inception-clean"), Measure("clip", "clip-l14", convention="cos")),
-         "the pictures of MJHQ-30K in one folder (https://huggingface.co/datasets/playgroundai/MJHQ-30K)", 30_000,
+         "the pictures of MJHQ-30K, in one folder or by categories (https://huggingface.co/datasets/playgroundai/MJHQ-30K)", 30_000,
          "the prompts of MJHQ-30K in the order of the pictures' names", 30_000, crop="centre", metric_size=1024),
     Card("custom", "pictures of your own", "real", 5_000, MEASURED, "a folder of real pictures", captions="prompts of your own"),
     Card("teacher-only", "a teacher's own pictures", "teacher", 5_000, TAUGHT, captions="prompts of your own"),
@@ -138,10 +138,10 @@ def ready(name: str, count: int | None = None, seed: int = 0, brought: Brought =
     """
     card = find(name)
     if card is None:
-        if brought.reference or brought.prompts or brought.extractor or brought.also:
-            raise ValueError(f"protocol {name!r} brings all that it needs: leave --reference, --prompts, --extractor and --also out")
+        if brought.reference or brought.prompts or brought.extractor:
+            raise ValueError(f"protocol {name!r} brings all that it needs: leave --reference, --prompts and --extractor out")
         world = PROTOCOLS[name]
-        protocol = world.protocol(count or world.count, seed)
+        protocol = extended(world.protocol(count or world.count, seed), brought.also)
         return Exam(protocol, world.reference(), world.prompts()[: protocol.prompts], world.groups()[: protocol.prompts])
     texts = prompts_of(card, brought)
     drafted = draft(card, count or card.count, seed, brought, texts)
@@ -175,6 +175,50 @@ def _evenly(number: int) -> str:
     return f"{number:,} evenly spaced ones"
 
 
+def extended(protocol: Protocol, also: Sequence[str]) -> Protocol:
+    """A protocol with further measures in words, and so with another hash; what is there already is not taken twice. Of a card it is the
+    one that `draft` makes of them all, but for the number of real pictures they look at, which `set_reference` tells.
+
+    Raises as `draft`, and ValueError for a distance to real pictures that a world's extractors have not looked at.
+    """
+    card, plan = find(protocol.name), protocol.plan
+    added = [m for m in dict.fromkeys(map(measure, also)) if m not in plan.values()]
+    known = any(protocol.variety)
+    variety, apart = (protocol.variety, protocol.variety_apart) if known else variety_of(protocol.turns, protocol.count, added)
+    for m in added:
+        _refuse_unfit(m, protocol.turns, protocol.prompts, protocol.classes)
+        if card is None and KINDS[m.kind].real and m.key not in (real := PROTOCOLS[protocol.name].reference()):
+            raise ValueError(f"protocol {protocol.name!r} has real pictures as {', '.join(real)} sees them: measure {m.kind} on that, or "
+                             "take protocol custom with a reference of your own")
+    if not added:
+        return protocol
+    others = dict.fromkeys(m.extractor for m in added if m.extractor not in protocol.extractors)
+    return replace(
+        protocol, metrics=(*plan, *(_name(m, card, protocol.count, variety[1]) for m in added)), measures=(*plan.values(), *added),
+        further_extractors=(*protocol.further_extractors, *((each, digest_of(each)) for each in others)),
+        variety=variety if any(m.kind in IN_PROMPT for m in added) else protocol.variety, variety_apart=apart)
+
+
+def variety_of(turns: int, count: int, asked: Sequence[Measure]) -> tuple[tuple[int, int], bool]:
+    """Prompts or classes, and pictures of each, that variety is told from; and whether these are made after the `count` others, which they
+    are where it is asked for and prompts have one picture each."""
+    prompts, seeds = min(VARIETY[0], turns), min(VARIETY[1], count // turns)
+    apart = seeds < 2 and any(m.kind in IN_PROMPT for m in asked)
+    return (prompts, VARIETY[1] if apart else seeds), apart
+
+
+def _refuse_unfit(m: Measure, turns: int, prompts: int, classes: int) -> None:
+    """ValueError for a measure that cannot be taken of so many prompts or classes; FileNotFoundError for missing words."""
+    if m.kind in IN_PROMPT and turns < FEWEST_TURNS:
+        raise ValueError(f"{m.kind} needs five prompts or classes, got {turns}: give --prompts")
+    if m.kind == "clip" and not prompts:
+        raise ValueError("a CLIP score needs prompts: give --prompts, or take a protocol that has some")
+    if m.kind == "clip":
+        weights.tokenizer(m.extractor)                                           # missing words are told before anything is generated
+    if m.kind == "accuracy" and not classes:
+        raise ValueError("accuracy is of classes, and there are none here: leave it out")
+
+
 def make_reference(name: str, source: Path, to: Path | None = None, *, set_from: Path | None = None, keep: int | None = None,
                    brought: Brought = Brought(), device: torch.device | str = "cpu") -> tuple[references.Stored, Path]:
     """The reference of a protocol from a folder of pictures or published statistics; returns it, and the file that it is in (by default
@@ -183,14 +227,18 @@ def make_reference(name: str, source: Path, to: Path | None = None, *, set_from:
     if card is None:
         raise ValueError(f"protocol {name!r} brings its own reference")
     path = to or card.place / REFERENCE
+    return references.make(source, bare(card, card.count, brought), path, keep=keep or card.set_count, count=card.reference_count,
+                           set_from=set_from, device=device), path
+
+
+def bare(card: Card, count: int, brought: Brought) -> Protocol:
+    """A card's draft with the measures that real pictures are needed for, and no others."""
     alone = replace(brought, also=tuple(words for words in brought.also if KINDS[measure(words).kind].real))
-    drafted = draft(card, card.count, 0, alone, bare=True)
-    return references.make(source, drafted, path, keep=keep or card.set_count, count=card.reference_count, set_from=set_from,
-                           device=device), path
+    return draft(replace(card, measures=tuple(m for m in card.measures if KINDS[m.kind].real)), count, 0, alone)
 
 
-def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), prompts: Sequence[str] = (), bare: bool = False) -> Protocol:
-    """A card's protocol but for the digest of its reference; a `bare` one holds what real pictures are needed for, and no other measure.
+def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), prompts: Sequence[str] = ()) -> Protocol:
+    """A card's protocol but for the digest of its reference.
 
     Raises FileNotFoundError for missing weights, ValueError for a measure that cannot be taken.
     """
@@ -204,14 +252,14 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
         raise ValueError(f"no extractor {extractor!r}: there are {', '.join(EXTRACTORS)}")
     classes = 0 if prompts else card.classes or brought.classes
     turns = max(1, len(prompts) or classes)
-    variety = _variety(turns, count)
+    also = [measure(words) for words in brought.also]
+    variety, apart = variety_of(turns, count, also)
+    told = turns >= FEWEST_TURNS and variety[1] >= 2
     asked = [replace(m, extractor=extractor, kind=_called(m.kind, extractor)) if m.extractor == CHOSEN else m for m in card.measures]
-    asked = [m for m in asked if _told(variety) or m.kind not in VARIED]
-    asked += [m for m in map(measure, brought.also) if m not in asked]
-    if bare:
-        asked = [m for m in asked if KINDS[m.kind].real]
+    asked = [m for m in asked if told or m.kind not in IN_PROMPT]
+    asked += [m for m in also if m not in asked]
     for m in asked:
-        _refuse_unfit(m, count, turns, len(prompts), classes)
+        _refuse_unfit(m, turns, len(prompts), classes)
     names = tuple(_name(m, card, count, variety[1]) for m in asked)
     first, *others = dict.fromkeys(m.extractor for m in asked)
     return Protocol(
@@ -221,52 +269,11 @@ def draft(card: Card, count: int, seed: int, brought: Brought = Brought(), promp
         precision=PRECISION, frechet_reference="all its pictures", set_reference=_evenly(card.set_count), neighbours=3,
         recall_sets=5, measures=tuple(asked), further_extractors=tuple((each, digest_of(each)) for each in others), crop=card.crop,
         metric_size=card.metric_size, prompts=len(prompts), prompts_sha256=digest_of_prompts(prompts) if prompts else "",
-        variety=variety if any(m.kind in VARIED for m in asked) else (0, 0))
-
-
-def extended(protocol: Protocol, also: Sequence[str]) -> Protocol:
-    """A card's protocol with further measures, in words, of extractors that it has already: the one that `draft` makes of them all, but for
-    the number of real pictures they look at, which `set_reference` tells.
-
-    ValueError for a shipped world's protocol, for a measure that cannot be taken, and where all are there already.
-    """
-    card = find(protocol.name)
-    if card is None:
-        raise ValueError(f"protocol {protocol.name!r} brings all that it needs: leave --also out")
-    added = tuple(m for m in dict.fromkeys(map(measure, also)) if m not in protocol.measures)
-    if not added:
-        raise ValueError("there is nothing to add: name a measure that is not there yet with --also KIND:EXTRACTOR")
-    for m in added:
-        _refuse_unfit(m, protocol.count, protocol.turns, protocol.prompts, protocol.classes)
-    variety = _variety(protocol.turns, protocol.count)
-    return replace(protocol, metrics=(*protocol.metrics, *(_name(m, card, protocol.count, variety[1]) for m in added)),
-                   measures=(*protocol.measures, *added), variety=variety if any(m.kind in VARIED for m in added) else protocol.variety)
-
-
-def _variety(turns: int, count: int) -> tuple[int, int]:
-    """Prompts (or classes) that variety would be told from, and seeds of each."""
-    return min(VARIETY[0], turns), min(VARIETY[1], count // turns)
-
-
-def _told(variety: tuple[int, int]) -> bool:
-    """Whether they are enough of both."""
-    return variety[0] >= 5 and variety[1] >= 2
-
-
-def _refuse_unfit(m: Measure, count: int, turns: int, prompts: int, classes: int) -> None:
-    if m.kind in VARIED and not _told(_variety(turns, count)):
-        raise ValueError(f"{m.kind} needs five prompts or classes and two pictures of each, got {count} pictures of {turns}: give "
-                         "--prompts, or raise the count")
-    if m.kind == "clip" and not prompts:
-        raise ValueError("a CLIP score needs prompts: give --prompts")
-    if m.kind == "clip":
-        weights.tokenizer(m.extractor)                                           # missing words are told before anything is generated
-    if m.kind == "accuracy" and not classes:
-        raise ValueError("accuracy is of classes, and there are none here: leave it out")
+        variety=variety if any(m.kind in IN_PROMPT for m in asked) else (0, 0), variety_apart=apart)
 
 
 def measure(words: str) -> Measure:
-    """KIND:EXTRACTOR or KIND:EXTRACTOR:CONVENTION as a user writes it: kd:dinov2-l14, clip:clip-l14:100cos, lpips:alexnet:01.
+    """KIND:EXTRACTOR or KIND:EXTRACTOR:CONVENTION as a user writes it: kd:dinov2-l14, clip:clip-l14:100cos, lpips:alexnet:512.
 
     Raises ValueError for a kind, extractor or convention that there is not, or that do not go together.
     """
@@ -279,7 +286,7 @@ def measure(words: str) -> Measure:
         raise ValueError(f"{words!r}: {kind} is measured on {' or '.join(suited.get(kind, tuple(EXTRACTORS)))}")
     if kind == "clip":
         convention = convention or "cos"
-    scales = {"clip": tuple(alignment.CONVENTIONS), "lpips": tuple(RANGES)}.get(kind, ("",))
+    scales = {"clip": tuple(alignment.CONVENTIONS), "lpips": tuple(LPIPS)}.get(kind, ("",))
     if convention not in scales:
         raise ValueError(f"{words!r}: {kind} has " + (f"the conventions {', '.join(s for s in scales if s)}" if len(scales) > 1
                                                       else "no conventions"))
@@ -293,12 +300,13 @@ def _called(kind: str, extractor: str) -> str:
     return {"fd": "fid" if extractor.startswith("inception") else "frechet", "kd": "kid"}[kind]
 
 
-def _name(m: Measure, card: Card, count: int, seeds: int) -> str:
-    """What the number is, in its name: fid_inception_clean_coco14val_30k_256, clip_vit_g14_laion2b_cos."""
+def _name(m: Measure, card: Card | None, count: int, seeds: int) -> str:
+    """What the number is, in its name: fid_inception_clean_coco14val_30k_256, clip_vit_g14_laion2b_cos; of a world's protocol
+    coverage_fashion."""
     head = f"{m.kind}_{NAMES.get(m.extractor, m.extractor.replace('-', '_'))}"
-    if m.kind == "clip":
-        return f"{head}_{m.convention}"
-    if m.kind in VARIED:
+    if m.kind == "clip" or card is None:
+        return "_".join(filter(None, (head, m.convention)))
+    if m.kind in IN_PROMPT:
         return f"{head}_m{seeds}" + (f"_{m.convention}" if m.convention else "")
     size = f"_{card.metric_size}" if card.metric_size and m.view == "whole" else ""
     number = f"{count // 1000}k" if count % 1000 == 0 else str(count)

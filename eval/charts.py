@@ -21,6 +21,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
+from stepdistill.eval.tables import biased
+
 INK, GREY, LINE, PAPER, TEACHER = "#1f2933", "#69737e", "#e4e7eb", "#ffffff", "#52606d"
 COLOURS = ("#0b6e99", "#c73b4f", "#25813a", "#9c6010", "#7b4ea3", "#00798c", "#8c5e58", "#5f6caf")
 MARKERS = ("o", "D", "^", "v", "P", "X", "p", "h")      # of students; the teacher's are squares and hollow ones
@@ -36,14 +38,15 @@ WIDE = 8                                                # largest over smallest 
 
 @dataclass(frozen=True)
 class Point:
-    """A model between cost x and distance y; `half` is half of its 95 % interval. Points of one series are joined."""
+    """A model between cost x and distance y, whose 95 % interval is `low` to `high`. Points of one series are joined."""
 
     label: str
     series: str
     is_teacher: bool
     x: float
     y: float
-    half: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,22 @@ def palette(marks: Sequence[Point | Dots]) -> dict[str, str]:
 
 
 def points(rows: Sequence[Mapping[str, Any]], cost: Literal["nfe", "ms_per_image"]) -> list[Point]:
-    """The first metric of report.json's rows against one of their costs, where that is known."""
+    """The first metric of report.json's rows, as their interval stands around it (without its bias, or the mean over seeds), against one of
+    their costs, where that is known."""
     head = next(iter(rows[0]["metrics"]))
-    return [Point(row["label"], row["series"], row["is_teacher"], row[cost], block["value"], (block["ci95"][1] - block["ci95"][0]) / 2)
-            for row in rows for block in (row["metrics"][head],) if row[cost] > 0]
+    return [Point(row["label"], row["series"], row["is_teacher"], row[cost], block["value" if row["seeds"] else "corrected"],
+                  *block["ci95"]) for row in rows for block in (row["metrics"][head],) if (row[cost] or 0) > 0]
+
+
+def without_bias(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a caption adds where the values of `points` are not the table's."""
+    head = next(iter(rows[0]["metrics"]))
+    return ", values without bias" if any(biased(row["metrics"][head]) and not row["seeds"] for row in rows) else ""
+
+
+def bars(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the intervals of `points` are of."""
+    return "the mean over seeds" if any(row["seeds"] for row in rows) else "the generated sample"
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -94,8 +109,9 @@ def plot_quality(points: Sequence[Point], xlabel: str, title: str = "", size: tu
     markers = dict(zip((s for s, colour in colours.items() if colour != TEACHER), cycle(MARKERS), strict=False))
     for series, colour in colours.items():
         line = sorted((p for p in points if p.series == series), key=lambda p: p.x)
-        axes.errorbar([p.x for p in line], [p.y for p in line], [p.half for p in line], color=colour, marker=markers.get(series, "s"),
-                      markersize=6.5, linewidth=1.6, capsize=3, markeredgecolor=PAPER, zorder=3, label=series)
+        reach = [[max(0.0, p.y - p.low) for p in line], [max(0.0, p.high - p.y) for p in line]]
+        axes.errorbar([p.x for p in line], [p.y for p in line], reach, color=colour, marker=markers.get(series, "s"), markersize=6.5,
+                      linewidth=1.6, capsize=3, markeredgecolor=PAPER, zorder=3, label=series)
         labels.append((series, line[0].x, line[0].y, colour))
     best = front(points)
     axes.plot([p.x for p in best], [p.y for p in best], color=GREY, linewidth=1.4, linestyle=(0, (1, 2)), drawstyle="steps-post", zorder=2)

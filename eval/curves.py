@@ -25,15 +25,19 @@ class Curve:
 
 
 CURVES = (
-    Curve("Gap of the scores", r"student/score_gap", "falls, then a plateau above 0"),
-    Curve("Loss of the fake score", r"critic/denoise", "drops fast, then flat"),
-    Curve("Accuracy of the discriminator", r"(critic|disc)/disc_accuracy", "0.6 to 0.8, moving"),
+    Curve("Gap of the scores", r"student/score_gap(_\d+)?", "falls, then a plateau above 0"),
+    Curve("Gap of the scores by noise level", r"student/score_gap_s\d+", "falls, then a plateau above 0"),
+    Curve("Loss of the fake score", r"critic/denoise(_\d+)?", "drops fast, then flat"),
+    Curve("Accuracy of the discriminator", r"(critic|disc)/disc_accuracy(_real|_generated)?", "0.6 to 0.8, moving"),
     Curve("Distance to the target", r"student/distance", "falls, then flat"),
     Curve("Gradient norms", r"grad/\w+", "falls with the rate", logarithmic=True),
-    Curve("Standard deviation of x0", r"student/x0_std", "near the teacher's"),
+    Curve("Mean and standard deviation of x0", r"student/x0_(mean|std)", "near the teacher's"),
     Curve("Stored weights moved by an update", r"moved/\w+", "near 1"),
+    Curve("Size of an update, over that of the weights", r"update/\w+", "falls with the rate", logarithmic=True),
+    Curve("Distance of the weights from their average", r"ema/distance", "falls with the rate", logarithmic=True),
     Curve("Looks, over the teacher's", r"look/(contrast|saturation|sharpness|spread)", "near 1"),
     Curve("Looks, less the teacher's", r"look/(brightness|clipped|grid)", "near 0"),
+    Curve("Colours, less the teacher's", r"look/(red|green|blue)", "near 0"),
     Curve("Exams by kernel distance", r"exam(_raw)?/kid_\w+(?<!_se)", "fall, then flat"),
     Curve("Exams by Fréchet distance", r"exam(_raw)?/frechet_\w+(?<!_se)", "fall, then flat"),
 )

@@ -12,16 +12,19 @@ The teacher's value is the ceiling to approach. Values of another M are not comp
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from stepdistill.eval import weights
 from stepdistill.eval.metrics import unit
+from stepdistill.eval.pictures import shrunk
 from stepdistill.eval.precision import exact
 
 Distance = Callable[[Tensor, Tensor], Tensor]           # pictures (B, 3, H, W) and as many others, to B values
 JUDGE = "alexnet"                                       # what LPIPS looks through, where extractors are named
+LEAST = 31                                              # pixels of a side, below which AlexNet has nothing left to pool
 
 
 def _directions(features: Tensor) -> Tensor:
@@ -70,6 +73,32 @@ def lpips_distance(pictures: Tensor, distance: Distance, range: tuple[float, flo
             pairs = zip(first.split(batch), second.split(batch), strict=True)
             values.append(torch.cat([distance(x[i], x[j]).flatten() for i, j in pairs]).double().mean())
     return torch.stack(values).cpu()
+
+
+def paired_lpips(a: Tensor, b: Tensor, distance: Distance, side: int = 512, batch: int = 32) -> Tensor:
+    """`distance` of each of the uint8 pictures (N, C, H, W), grey or of three channels, to the other at its row, float64 (N,).
+
+    It is fed [-1, 1], and larger pictures shrunk until their short side has `side` pixels. Raises ValueError for sets of other shapes.
+    """
+    if a.dtype != torch.uint8 or b.dtype != torch.uint8 or a.shape != b.shape or a.ndim != 4 or a.shape[1] not in (1, 3):
+        raise ValueError(f"paired_lpips reads two sets of uint8 pictures (N, 1 or 3, H, W), got {a.dtype} {tuple(a.shape)} and {b.dtype} "
+                         f"{tuple(b.shape)}")
+
+    def fed(pictures: Tensor) -> Tensor:
+        return torch.stack([shrunk(picture, side, "lanczos") for picture in pictures]).expand(-1, 3, -1, -1).float() / 127.5 - 1
+
+    with exact(), torch.inference_mode():
+        found = [distance(fed(x), fed(y)).flatten().double() for x, y in zip(a.split(batch), b.split(batch), strict=True)]
+    return torch.cat(found).cpu()
+
+
+def spare_lpips(device: torch.device | str = "cpu") -> Distance | None:
+    """LPIPS where its weights and its package are there, else None. Raises ValueError for damaged weights."""
+    try:
+        weights.find(JUDGE)
+    except FileNotFoundError:
+        return None
+    return None if find_spec("lpips") is None else load_lpips(device)
 
 
 def load_lpips(device: torch.device | str = "cpu") -> Distance:

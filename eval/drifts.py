@@ -16,7 +16,7 @@ from stepdistill.eval.metrics import FEWEST, Estimate, jackknife
 def drift_estimates(student: Tensor, teacher: Tensor, labels: Tensor, member: Tensor) -> dict[str, Estimate]:
     """Of uint8 pictures (N, C, H, W) of both, by the names of `drift.drift`.
 
-    Ratios to the teacher for contrast, saturation, sharpness and spread, differences for the others; what has no number in either is left
+    Ratios to the teacher for contrasts, saturation, sharpness and spread, differences for the others; what has no number in either is left
     out. `labels` (N,) are the classes or prompts, `member` (N,) the group of each row, five groups or more (`metrics.members`); where a
     prompt has fewer seeds than there are groups, give all its rows one group. Every group costs one more look at all pictures. Raises
     ValueError for pictures that do not fit each other, or fewer groups.

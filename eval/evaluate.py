@@ -17,16 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from stepdistill import recipe as recipes
 from stepdistill import worlds
 from stepdistill.eval import cards, measures, memory, pictures, references, score, teachers
 from stepdistill.eval.cards import Brought, Card, Exam
-from stepdistill.eval.generate import balanced, fill
+from stepdistill.eval.generate import fill
 from stepdistill.eval.models import Opened, is_model, open_model
 from stepdistill.eval.parts import Parts, Taken
 from stepdistill.eval.pictures import Pictures
 from stepdistill.eval.precision import exact
-from stepdistill.eval.protocol import Protocol, Real, hash_of
+from stepdistill.eval.protocol import PROTOCOLS, Protocol, hash_of
+from stepdistill.export import OTHER_RECIPE
 from stepdistill.models.load import is_prompted, read_json
+from stepdistill.training.loop import RECIPE
 
 WAIT = 0.2                                              # seconds between looks at what another process does
 
@@ -46,7 +49,8 @@ def evaluate(model: str, protocol_name: str, count: int | None, to: Path, *, ste
 
     Finished batches are kept beside `to` meanwhile: the same call goes on where one was interrupted, and helps one that runs.
 
-    Raises ValueError or FileNotFoundError before anything is generated where model, protocol or files are unfit.
+    Raises ValueError or FileNotFoundError before anything is generated where model, protocol or files are unfit, or where the seed is that
+    of the exams by which a student's best checkpoint was chosen.
     """
     if to.is_dir() or to.suffix != ".json":
         raise ValueError(f"{to} must name a .json file")
@@ -59,6 +63,11 @@ def evaluate(model: str, protocol_name: str, count: int | None, to: Path, *, ste
                   solver=solver, renoise=renoise, shift=shift)
     card = cards.find(protocol_name)
     started, began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
+    if is_model(model):
+        _refuse_own_exam(model, seed)
+    real = [_looked_at(path, protocol_name, count, brought) for path in (train, held_out) if path is not None]
+    if real:
+        memory.check(count or (card or PROTOCOLS[protocol_name]).count, *(len(each.test_features) for each in real))
     other = _teacher(against, protocol_name, count, to, seed=seed, batch_size=batch_size, device=device, brought=brought, call=call,
                      quiet=quiet)
     if other is not None and card is cards.TEACHER:
@@ -79,13 +88,16 @@ def evaluate(model: str, protocol_name: str, count: int | None, to: Path, *, ste
         _refuse_for_pictures(model, card, brought, steps=steps, guidance=guidance, solver=solver, renoise=renoise, shift=shift, call=call)
         files = pictures.files_in(Path(model).expanduser())
     exam = cards.ready(protocol_name, count, seed, brought)
-    real = [references.read(path, exam.protocol).real[exam.protocol.extractor] for path in (train, held_out) if path is not None]
-    sitting = Sitting(exam, to, device, asked, None if other is None else teachers.Light.of(other, exam.protocol),
+    sitting = Sitting(exam, to, device, asked, None if other is None else teachers.Light.of(other, exam.protocol, device),
                       (real[0], real[1]) if real else None, started, began, subject and subject.teacher.latents)
     if subject is None:
-        seen = pictures.made(files, exam.protocol.count)
+        if exam.protocol.count <= len(files) < exam.protocol.total:
+            raise ValueError(f"{model} holds {len(files):,} pictures: after the {exam.protocol.count:,} there must be "
+                             f"{exam.protocol.total - exam.protocol.count:,} for variety, of the first {exam.protocol.variety[0]} prompts "
+                             "in turn; make them, or leave its measure out of --also")
+        seen = pictures.made(files, exam.protocol.total)
         _sized(seen, exam.protocol, model)
-        described = {"name": model, "is_teacher": False, "sha256": pictures.digest_of(files[: exam.protocol.count])}
+        described = {"name": model, "is_teacher": False, "sha256": pictures.digest_of(files[: exam.protocol.total])}
         sitting.finish(seen, described, {"nfe": 0}, {"ms_per_image": 0.0})
     else:
         _generated(subject, exam.protocol, to, ".parts", batch_size, sitting.finish, quiet)
@@ -104,20 +116,23 @@ class Sitting:
     device: torch.device | str
     asked: Mapping[str, Any]
     light: teachers.Light | None
-    real: tuple[Real, Real] | None
+    real: tuple[references.Statistics, references.Statistics] | None
     started: str
     began: float
     encode: Callable[[Tensor], Tensor | None] | None
 
     def finish(self, seen: Pictures, described: Mapping[str, Any], sampler: Mapping[str, Any], speed: Mapping[str, Any]) -> None:
         """Score pictures and write the result."""
-        protocol, first = self.exam.protocol, seen.first(score.SAMPLES)
-        scored = score.score(seen, torch.arange(protocol.count) % protocol.turns, protocol, self.exam.real, prompts=self.exam.prompts,
-                             device=self.device)
+        protocol, labels = self.exam.protocol, torch.tensor([self.exam.protocol.label(i) for i in range(seen.count)])
+        first = seen.part(0, protocol.count).first(score.SAMPLES)
+        scored = score.score(seen, labels, protocol, self.exam.real, prompts=self.exam.prompts, device=self.device)
         first = first[: score.sampled(first)]
         with exact():                                                            # as pictures were made and judged
             env = score.environment(self.device)
-        blocks = {"asked": self.asked} | ({} if self.real is None else {"memory": memory.told(scored.features, *self.real)})
+        blocks: dict[str, Any] = {"asked": self.asked}
+        if self.real is not None:
+            train, held_out = self.real
+            blocks["memory"] = memory.told(scored.features, train.test_features, held_out.test_features, train.names)
         if self.exam.groups:
             blocks["groups"] = {name: {group: estimate.to_dict() for group, estimate in told.items()}
                                 for name, told in measures.by_group(scored.pairs, protocol, self.exam.groups).items()}
@@ -126,6 +141,17 @@ class Sitting:
             seconds=round(time.monotonic() - self.began, 1), blocks=blocks,
             teacher=None if self.light is None else self.light.beside(scored, first, self.encode),
             paired={} if self.light is None else self.light.paired(scored))
+
+
+def _looked_at(path: Path, protocol_name: str, count: int | None, brought: Brought) -> references.Statistics:
+    """What the first extractor of a protocol saw of the pictures of a reference."""
+    card = cards.find(protocol_name)
+    protocol = cards.bare(card, count or card.count, brought) if card else cards.ready(protocol_name, count).protocol
+    found = references.read(path, protocol).real
+    if protocol.extractor not in found:
+        raise ValueError(f"{path} knows nothing of {protocol.extractor}, by which memorised pictures are looked for: make it again by "
+                         f"`stepdistill reference SOURCE --protocol {protocol.name} --to {path}`")
+    return found[protocol.extractor]
 
 
 def _told(**asked: Any) -> dict[str, Any]:
@@ -138,6 +164,15 @@ def _refuse_without_prompts(model: str, card: Card | None, prompts: Sequence[str
     if not prompts and is_prompted(worlds.teacher_folder(model) or Path(model).expanduser()):
         raise ValueError(f"{model} makes pictures of prompts: " + ("name a file of them with --prompts" if card and card.captions else
                          "choose a protocol that has some, as `stepdistill protocols` lists them"))
+
+
+def _refuse_own_exam(model: str, seed: int) -> None:
+    """ValueError for a student whose exams while training had the same noise: its best checkpoint was chosen on these very pictures."""
+    for file in (Path(model).expanduser() / name for name in (RECIPE, OTHER_RECIPE)):
+        exam = recipes.load(file).exam if file.is_file() else None
+        if exam is not None and exam.every and exam.seed == seed:
+            raise ValueError(f"{model} was examined with seed {seed} while it was trained, and its best checkpoint chosen by that noise: "
+                             "score it with another --seed")
 
 
 def _refuse_for_pictures(model: str, card: Card | None, brought: Brought, **sampling: Any) -> None:
@@ -171,14 +206,14 @@ def _generated(subject: Opened, protocol: Protocol, to: Path, suffix: str, batch
     parts = Parts.open(to.with_suffix(suffix), {**meta, "batch": batch_size})
     _meet()
     try:
-        milliseconds = fill(parts, subject.teacher, subject.spec, protocol.count, protocol.seed, batch_size=batch_size, quiet=quiet,
-                            label=balanced(protocol.turns))
+        milliseconds = fill(parts, subject.teacher, subject.spec, protocol.total, protocol.seed, batch_size=batch_size, quiet=quiet,
+                            label=protocol.label)
         while not parts.claim_end():
             parts.check()
             time.sleep(WAIT)
     except Taken:
         return
-    seen = parts.pictures(protocol.count, batch_size)
+    seen = parts.pictures(protocol.total, batch_size)
     _sized(seen, protocol, subject.name)
     finish(seen, meta["model"], meta["sampler"], {"ms_per_image": milliseconds, "batch_size": batch_size, "precision": "fp32"})
     parts.remove()
@@ -186,7 +221,7 @@ def _generated(subject: Opened, protocol: Protocol, to: Path, suffix: str, batch
 
 def _own_reference(subject: Opened, drafted: Protocol, to: Path, batch_size: int, device: torch.device | str, quiet: bool) -> None:
     """The reference of a protocol of teachers: the model's own pictures of the same prompts or classes, from the next seed."""
-    protocol, path = replace(drafted, seed=drafted.seed + 1), teachers.reference_path(to)
+    protocol, path = replace(drafted, seed=drafted.seed + 1, variety_apart=False), teachers.reference_path(to)
     maker = hash_of({**_meta(subject, protocol), "batch": 0})
     if references.maker_of(path) == maker:
         return

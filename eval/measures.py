@@ -8,7 +8,8 @@
     variety vendi lpips         how different the pictures of one prompt (or class) are
 
 Beside its estimate a measure leaves what a paired comparison needs: its value without each group of the jackknife, or a value for each
-sample or prompt. These are kept with the features, so that two results are compared without looking at a picture again.
+sample, prompt or disjoint set of samples. These are kept with the features, so that two results are compared without looking at a picture
+again.
 """
 
 from __future__ import annotations
@@ -22,17 +23,22 @@ from torch import Tensor
 
 from stepdistill.eval import alignment, diversity, kernels, metrics
 from stepdistill.eval.metrics import Estimate, LeftOut, Moments
-from stepdistill.eval.pictures import Pictures, together
+from stepdistill.eval.pictures import Pictures, shrunk, together
 from stepdistill.eval.protocol import Measure, Protocol, Real
 
 SPLITS = 10                                             # of an inception score, as papers print it
-RANGES = {"": (-1.0, 1.0), "01": (0.0, 1.0)}            # what LPIPS is fed for 0 and 255; DMD2's figures have the second
+IN_PROMPT = frozenset(("variety", "vendi", "lpips"))    # told from several pictures of one prompt
+APART = ".variety"                                      # behind a key: features of the pictures that are made for these alone
+# What LPIPS is fed for 0 and 255, and the most pixels of the short side, larger pictures being resized (0: they stay as they are). DMD2's
+# figures are of (0, 1); 512 pixels are usual.
+LPIPS = {"": ((-1.0, 1.0), 0), "01": ((0.0, 1.0), 0), "512": ((-1.0, 1.0), 512), "512_01": ((0.0, 1.0), 512)}
 
 
 @dataclass(frozen=True)
 class Seen:
     """What a measure may look at: features (N, d) of its view, logits (N, classes) of a classifier, the labels or prompt numbers (N,), real
-    data, embeddings of all prompts (P, d), and for LPIPS the pictures with its distance."""
+    data, embeddings of all prompts (P, d), and for LPIPS all pictures with its distance. Where variety has pictures of its own, features of
+    its measures are of those, prompt by prompt in turn."""
 
     protocol: Protocol
     measure: Measure
@@ -47,7 +53,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Found:
-    """An estimate, and what it is paired by: values with each group left out, or of each sample or prompt (n,)."""
+    """An estimate, and what it is paired by: values with each group left out, or of each sample, prompt or disjoint set (n,)."""
 
     estimate: Estimate
     left: LeftOut | None = None
@@ -64,7 +70,7 @@ class Kind:
     words: str
     leaves: Literal["left", "values", ""] = ""
     real: bool = False                                  # whether it is a distance to real data
-    unit: Literal["sample", "prompt"] = "sample"
+    unit: Literal["sample", "prompt", "set"] = "sample"
 
     def paired(self, a: Found, b: Found) -> Estimate | None:
         """Difference a - b of two models with the same noise and labels; None where nothing is kept to tell it from."""
@@ -72,6 +78,8 @@ class Kind:
             return metrics.paired_jackknife(a.left, b.left)
         if a.values is None or b.values is None:
             return None
+        if self.unit == "set":
+            return metrics.paired_sets(a.values, b.values)
         if self.unit == "prompt":
             return alignment.paired_means(a.values, b.values).delta
         return metrics.paired_accuracy(a.values, b.values)
@@ -133,7 +141,8 @@ def _precision(seen: Seen) -> Found:
 
 def _recall(seen: Seen) -> Found:
     member = members(seen.protocol, seen.protocol.recall_sets)
-    return Found(metrics.recall_estimate(_some(seen.features), _real(seen).test_features, seen.protocol.neighbours, member))
+    found, shares = metrics.recall_of_sets(_some(seen.features), _real(seen).test_features, seen.protocol.neighbours, member)
+    return Found(found, values=shares)
 
 
 def _density(seen: Seen) -> Found:
@@ -143,7 +152,8 @@ def _density(seen: Seen) -> Found:
 
 def _coverage(seen: Seen) -> Found:
     member = members(seen.protocol, seen.protocol.recall_sets)
-    return Found(metrics.coverage_estimate(_some(seen.features), _real(seen).test_features, seen.protocol.cover_neighbours, member))
+    found, shares = metrics.coverage_of_sets(_some(seen.features), _real(seen).test_features, seen.protocol.cover_neighbours, member)
+    return Found(found, values=shares)
 
 
 def _classified(seen: Seen) -> Tensor:
@@ -172,6 +182,8 @@ def _clip(seen: Seen) -> Found:
 
 def _together(seen: Seen) -> Tensor:
     prompts, seeds = seen.protocol.variety
+    if seen.protocol.variety_apart:
+        return _some(seen.features).unflatten(0, (seeds, prompts)).transpose(0, 1)
     return by_prompt(_some(seen.features), seen.protocol)[:prompts, :seeds]
 
 
@@ -188,12 +200,13 @@ def _vendi(seen: Seen) -> Found:
 def _lpips(seen: Seen) -> Found:
     assert seen.pictures is not None
     assert seen.distance is not None
-    (prompts, seeds), read, turns = seen.protocol.variety, seen.pictures.read, seen.protocol.turns
-    found = []
+    (prompts, seeds), read = seen.protocol.variety, seen.pictures.read
+    start, turns = (seen.protocol.count, prompts) if seen.protocol.variety_apart else (0, seen.protocol.turns)
+    (range_, side), found = LPIPS[seen.measure.convention], []
     for prompt in range(prompts):
-        rows = range(prompt, prompt + seeds * turns, turns)
-        pictures = together([picture for row in rows for picture in read(range(row, row + 1))]).expand(-1, 3, -1, -1)
-        found.append(diversity.lpips_distance(pictures[None], seen.distance, RANGES[seen.measure.convention]))
+        rows = range(start + prompt, start + prompt + seeds * turns, turns)
+        those = [shrunk(picture, side, seen.protocol.filter) for row in rows for picture in read(range(row, row + 1))]
+        found.append(diversity.lpips_distance(together(those).expand(-1, 3, -1, -1)[None], seen.distance, range_))
     values = torch.cat(found)
     return Found(metrics.bootstrap_mean(values), values=values)
 
@@ -209,9 +222,10 @@ KINDS = {
     **{name: Kind(_kid, "↓", _KERNEL, "left", real=True) for name in ("kid", "kd")},
     "cmmd": Kind(_cmmd, "↓", "Kernel distance of the two crowds as CLIP sees them.", "left", real=True),
     "precision": Kind(_precision, "↑", "Share of the generated pictures that lie among real ones: quality.", "values", real=True),
-    "recall": Kind(_recall, "↑", "Share of the real pictures that lie among generated ones: variety.", real=True),
+    "recall": Kind(_recall, "↑", "Share of the real pictures that lie among generated ones: variety.", "values", real=True, unit="set"),
     "density": Kind(_density, "↑", "How thickly real pictures lie around generated ones; about 1 for real ones.", "values", real=True),
-    "coverage": Kind(_coverage, "↑", "Share of the real pictures that have a generated one near by: variety.", real=True),
+    "coverage": Kind(_coverage, "↑", "Share of the real pictures that have a generated one near by: variety.", "values", real=True,
+                     unit="set"),
     "is": Kind(_inception, "↑", "Inception score: whether a classifier is sure of each picture and sees every class. No distance to real "
                                 "pictures."),
     "accuracy": Kind(_accuracy, "↑", "Share of the generated pictures that a classifier takes for the class that was asked for.", "values"),
@@ -221,6 +235,12 @@ KINDS = {
     "vendi": Kind(_vendi, "↑", "How many different pictures there are among those of one prompt or class.", "values", unit="prompt"),
     "lpips": Kind(_lpips, "↑", "How different the pictures of one prompt or class look, by LPIPS.", "values", unit="prompt"),
 }
+
+
+def fewest_real(protocol: Protocol, kind: str) -> int:
+    """Of how many real pictures a kind needs features: each point's neighbours and itself; pairs for a kernel distance."""
+    return {"precision": protocol.neighbours + 1, "density": protocol.cover_neighbours + 1, "coverage": protocol.cover_neighbours + 1,
+            "kid": 2, "kd": 2}.get(kind, 0)
 
 
 def by_group(kept: Mapping[str, Tensor], protocol: Protocol, groups: Sequence[str]) -> dict[str, dict[str, Estimate]]:
@@ -245,6 +265,11 @@ def unpacked(kept: Mapping[str, Tensor], name: str, estimate: Estimate) -> Found
     return Found(estimate, None if left is None else (float(left[0]), left[1:].tolist(), estimate.n), values)
 
 
+def key_of(measure: Measure, protocol: Protocol) -> str:
+    """What a measure's features are found by: its own key, or KEY.variety where it has pictures of its own."""
+    return f"{measure.key}{APART}" if protocol.variety_apart and measure.kind in IN_PROMPT else measure.key
+
+
 def rows_kept(protocol: Protocol) -> dict[str, int]:
     """How many rows each tensor of `packed` has."""
     rows = {}
@@ -254,7 +279,7 @@ def rows_kept(protocol: Protocol) -> dict[str, int]:
             rows[f"left/{name}"] = 1 + protocol.groups
         elif kind.leaves:
             prompts = min(protocol.turns, protocol.count) if measure.kind == "clip" else protocol.variety[0]
-            rows[f"values/{name}"] = protocol.count if kind.unit == "sample" else prompts
+            rows[f"values/{name}"] = {"sample": protocol.count, "prompt": prompts, "set": protocol.recall_sets}[kind.unit]
     return rows
 
 

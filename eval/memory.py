@@ -9,6 +9,7 @@ pass on what its teacher had learnt by heart.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from stepdistill.eval.metrics import Estimate, proportion
-from stepdistill.eval.protocol import Real
 
 FEWEST_SAMPLES = 20                                     # of which a 95th percentile says anything
 CELLS = 2**26                                           # distances held at a time: 256 MB
@@ -75,18 +75,24 @@ class Memorisation:
         return order[: int((self.distance <= self.threshold).sum())]
 
 
+def check(samples: int, train: int, held_out: int, quantile: float = 0.01) -> None:
+    """ValueError where so many features of each are too few: what can be asked before any picture is made."""
+    least = round(1 / quantile)
+    if train < least:
+        raise ValueError(f"a quantile of {quantile:g} needs at least {least} training features, got {train}: make the reference of more "
+                         "pictures, or with a larger --keep")
+    for name, count in (("generated", samples), ("held-out", held_out)):
+        if count < FEWEST_SAMPLES:
+            raise ValueError(f"memorisation needs at least {FEWEST_SAMPLES} {name} features, got {count}: raise the count")
+
+
 def memorisation(samples: Tensor, train: Tensor, held_out: Tensor, quantile: float = 0.01) -> Memorisation:
     """Of features of generated (N, d), training (T, d) and held-out real pictures (H, d), all from one extractor.
 
-    Cost: N·T, H·T and T^2 distances, in blocks. Raises ValueError below 20 samples or held-out features, or for fewer training features
-    than the quantile needs (100 for 1 %).
+    Cost: N·T, H·T and T^2 distances, in blocks. Raises ValueError as `check` does: below 20 samples or held-out features, or for fewer
+    training features than the quantile needs (100 for 1 %).
     """
-    least = round(1 / quantile)
-    if len(train) < least:
-        raise ValueError(f"a quantile of {quantile:g} needs at least {least} training features, got {len(train)}")
-    for name, features in (("generated", samples), ("held-out", held_out)):
-        if len(features) < FEWEST_SAMPLES:
-            raise ValueError(f"memorisation needs at least {FEWEST_SAMPLES} {name} features, got {len(features)}: raise the count")
+    check(len(samples), len(train), len(held_out), quantile)
     threshold = float(nearest(train, train, leave_one_out=True)[1].quantile(quantile))
     neighbour, distance = nearest(samples, train)
     real = nearest(held_out, train)[1]
@@ -95,14 +101,16 @@ def memorisation(samples: Tensor, train: Tensor, held_out: Tensor, quantile: flo
                         _difference(share, chance))
 
 
-def told(samples: Tensor, train: Real, held_out: Real, most: int = 20) -> dict[str, Any]:
-    """A block of a result file: the shares with their errors, and rows of the nearest `most` suspects with their neighbours."""
-    found = memorisation(samples, train.test_features, held_out.test_features)
-    suspects = found.suspects[:most]
-    return {"train": len(train.test_features), "threshold": found.threshold, "closest5": found.closest5,
+def told(samples: Tensor, train: Tensor, held_out: Tensor, names: Sequence[str] = (), most: int = 20) -> dict[str, Any]:
+    """A block of a result file, of features as in `memorisation`: how many training features were searched, the shares with their errors,
+    and of the nearest `most` suspects each its row, its neighbour's, their distance, and the neighbour's name (None where the training
+    pictures have no names)."""
+    found = memorisation(samples, train, held_out)
+    suspects = [(int(row), int(found.neighbour[row])) for row in found.suspects[:most]]
+    return {"train": len(train), "threshold": found.threshold, "closest5": found.closest5,
             "held_out_closest5": found.held_out_closest5, "share": found.share.to_dict(), "held_out": found.held_out.to_dict(),
             "excess": found.excess.to_dict(),
-            "suspects": [[int(row), int(found.neighbour[row]), float(found.distance[row])] for row in suspects]}
+            "suspects": [[row, near, float(found.distance[row]), names[near] if names else None] for row, near in suspects]}
 
 
 def _difference(a: Estimate, b: Estimate) -> Estimate:

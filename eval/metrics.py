@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -380,8 +380,9 @@ def precision_recall(generated: Tensor, reference: Tensor, k: int = 3) -> tuple[
     return float(inside(reference, generated, k).double().mean()), float(inside(generated, reference, k).double().mean())
 
 
-def _over_sets(share: Callable[[Tensor], Tensor], generated: Tensor, member: Tensor) -> Estimate:
+def _over_sets(share: Callable[[Tensor], Tensor], generated: Tensor, member: Tensor) -> tuple[Estimate, Tensor]:
     """Share of the reference that `share` (M,) finds for the whole set, with an error from the disjoint sets `member` (N,): SD / sqrt K.
+    And the shares that it finds for each of these (K,).
 
     Such a share grows with the size of the generated set, so the K smaller sets lie lower than `value`: they lend their spread, never
     their mean. That spread shrinks with 1/sqrt n, as the division assumes, only roughly. There is no bias correction: `corrected` is
@@ -392,12 +393,27 @@ def _over_sets(share: Callable[[Tensor], Tensor], generated: Tensor, member: Ten
     shares = torch.stack([share(generated[member == j]).double().mean() for j in range(parts)])
     se = float(shares.std() / math.sqrt(parts))
     half = student_t(parts - 1) * se
-    return Estimate(value, value, se, (max(0.0, value - half), min(1.0, value + half)), len(generated), parts)
+    return Estimate(value, value, se, (max(0.0, value - half), min(1.0, value + half)), len(generated), parts), shares
+
+
+def recall_of_sets(generated: Tensor, reference: Tensor, k: int, member: Tensor) -> tuple[Estimate, Tensor]:
+    """Recall of the whole set, with an error from the disjoint sets `member` (N,), five or more of at least k + 1 points each; and the
+    recall of each of them (K,)."""
+    return _over_sets(lambda points: inside(points, reference, k), generated, member)
 
 
 def recall_estimate(generated: Tensor, reference: Tensor, k: int, member: Tensor) -> Estimate:
-    """Recall of the whole set, with an error from the disjoint sets `member` (N,), five or more of at least k + 1 points each."""
-    return _over_sets(lambda points: inside(points, reference, k), generated, member)
+    """The first of `recall_of_sets`."""
+    return recall_of_sets(generated, reference, k, member)[0]
+
+
+def paired_sets(a: Tensor, b: Tensor) -> Estimate:
+    """Mean difference a - b of shares (K,) of two models over the same disjoint sets of samples; SD / sqrt K, and Student's t."""
+    if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
+        raise ValueError(f"a paired difference needs the same sets of both, two or more, got {tuple(a.shape)} and {tuple(b.shape)}")
+    made = mean_estimate(a - b)
+    half = student_t(made.groups - 1) * made.se
+    return replace(made, ci95=(made.value - half, made.value + half))
 
 
 def lies_in(generated: Tensor, reference: Tensor, k: int) -> Tensor:
@@ -422,10 +438,15 @@ def density_estimate(generated: Tensor, reference: Tensor, k: int = 5) -> Estima
     return mean_estimate(lies_in(generated, reference, k))
 
 
-def coverage_estimate(generated: Tensor, reference: Tensor, k: int, member: Tensor) -> Estimate:
-    """Coverage of the whole set, with an error from the disjoint sets `member` (N,), five or more."""
+def coverage_of_sets(generated: Tensor, reference: Tensor, k: int, member: Tensor) -> tuple[Estimate, Tensor]:
+    """Coverage of the whole set, with an error from the disjoint sets `member` (N,), five or more; and that of each of them (K,)."""
     reach = radii(reference, k)
     return _over_sets(lambda points: _covered(points, reference, reach), generated, member)
+
+
+def coverage_estimate(generated: Tensor, reference: Tensor, k: int, member: Tensor) -> Estimate:
+    """The first of `coverage_of_sets`."""
+    return coverage_of_sets(generated, reference, k, member)[0]
 
 
 # --------------------------------------------------------------------------------------------------------------------------------- labels

@@ -25,6 +25,7 @@ TEMPLATE = "page.html"
 MARKS = {"better": "▲", "worse": "▼", "undecided": "≈", "unpaired": "?",      # beside a word, for those who see no colours
          "healthy": "✓", "ill": "▼", "unknown": "?"}
 SHOWN = 4                                               # pictures of each class and model
+CLASSES, CAPTION = 20, 160                              # most grids of classes, and characters of a prompt above one
 LARGE = 56                                              # CSS pixels that a small picture is shown wide, about
 GAP, MIDDLE = 1, 128                                    # pixels between pictures, and their grey: seen on black and on white
 TOGETHER = re.compile(r"\[.*?\]| ?[±=] ?|≠ | (?=[%↓↑]|steps?\b)")              # of a sentence, on one line
@@ -59,13 +60,14 @@ class Page:
     warning: str
     judged: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
-    scores: Table
+    scores: Sequence[Table]                              # as the formulas give them, and without bias
     glossary: Mapping[str, str]
     paired: Sequence[Table]
     costs: Sequence[Chart]
+    prompted: bool                                       # whether it is taken apart by prompts, or by classes
     class_charts: Sequence[Chart]
     class_tables: Sequence[Table]
-    grids: Mapping[str, Sequence[Strip]]                 # by class
+    grids: Sequence[tuple[str, Sequence[Strip]]]         # by class or prompt
     runs: Sequence[tuple[Training, Sequence[Chart]]]
     protocol: Mapping[str, str]
     environment: Mapping[str, str]                       # what all rows share
@@ -74,28 +76,25 @@ class Page:
 
 
 def assemble(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]], trainings: Sequence[Training]) -> Page:
-    """From report.json's content, each row's label and first pictures (uint8, (n, C, H, W), sample i of class i mod classes), and runs."""
-    rows, protocol, names = report["rows"], report["protocol"], report["classes"]["names"]
+    """From report.json's content, each row's label and first pictures (uint8, (n, C, H, W), sample i of class or prompt i mod their
+    number), and runs."""
+    rows, protocol = report["rows"], report["protocol"]
     students, teachers = tables.sides(report)
     who = [tables.plural(students, "student")] * bool(students) + [f"{tables.plural(teachers, 'sampling')} of the teacher"] * bool(teachers)
     lead = f"{' and '.join(who)}: {protocol['count']:,} pictures of {protocol['dataset']} each, from the same seeds."
     lead += f" All are held against the first row: {report['first']}." if len(rows) > 1 else ""
-    notes = [tables.errors(report)]
-    if students > 3:
-        notes.append(f"{students} students are held against the first row. The intervals are not widened for their number; for a claim "
-                     "the p value, adjusted for it (Holm), must be below 0.05.")
+    notes = [tables.errors(report), *filter(None, [tables.correction(report)])]
     if alone := [row["label"] for row in rows if not row["features"]]:
         notes.append(f"Without features beside its result, and so without paired differences: {'; '.join(alone)}.")
-    shown = names or ["The first prompts"]
-    grids = {name: [strip(label, f"{name} by {label}, {SHOWN} seeds", images[c :: len(shown)][:SHOWN]) for label, images in pictures]
-             for c, name in enumerate(shown) if pictures}
     return Page(
         title=tables.title(report), lead=lead, warning=tables.warning(report), judged=[row for row in rows if row["verdict"]], notes=notes,
-        scores=tables.scores(report), glossary=tables.glossary(report), paired=tables.paired(report), costs=_costs(report),
-        class_charts=_class_charts(report), class_tables=tables.by_class(report), grids=grids,
+        scores=[tables.scores(report), *tables.without_bias(report)], glossary=tables.glossary(report), paired=tables.paired(report),
+        costs=_costs(report), prompted="prompts" in protocol, class_charts=_class_charts(report), class_tables=tables.by_class(report),
+        grids=_grids(report, pictures),
         runs=[(training, _curves(training, f"run{i}")) for i, training in enumerate(trainings)],
         protocol={"hash": report["protocol_hash"], **{k: _told(v) for k, v in protocol.items()}},
-        environment=report["environment"]["same"], made=_made(report), commands=[command for row in rows for command in row["commands"]])
+        environment=report["environment"]["same"], made=tables.made(report),
+        commands=[command for row in rows for command in row["commands"]])
 
 
 def _told(value: Any) -> str:
@@ -132,6 +131,22 @@ def strip(model: str, words: str, pictures: Tensor) -> Strip:
     return Strip(model, f"data:image/png;base64,{uri}", times * image.width, times * image.height, words)
 
 
+def _grids(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]]) -> list[tuple[str, list[Strip]]]:
+    """Of each class, or of the first prompts or classes where they are many; of large pictures fewer, which would make a heavy page."""
+    if not pictures:
+        return []
+    protocol, names = report["protocol"], report["classes"]["names"]
+    shown, turns = names[:CLASSES] or report["prompts"]["first"], max(1, protocol.get("prompts", 0) or protocol["classes"])
+    seeds = SHOWN
+    if pictures[0][1].shape[-1] > 2 * LARGE:
+        shown, seeds = shown[:SHOWN], 1 if shown else SHOWN
+    if not shown:
+        shown, turns = ["The first pictures"], 1
+    picked = [(name, [(label, images[i::turns][:seeds]) for label, images in pictures if len(images) > i]) for i, name in enumerate(shown)]
+    return [(charts.shortened(name, CAPTION), [strip(label, f"{name} by {label}, {tables.plural(len(some), 'seed')}", some)
+                                              for label, some in strips]) for name, strips in picked if strips]
+
+
 def _costs(report: Mapping[str, Any]) -> list[Chart]:
     """The first metric against network evaluations and milliseconds."""
     head, made = next(iter(report["rows"][0]["metrics"])), []
@@ -141,8 +156,10 @@ def _costs(report: Mapping[str, Any]) -> list[Chart]:
         if not points:                                  # of folders of pictures nobody knows what they took
             continue
         words = "; ".join(f"{point.label}: {point.y:.3g} at {point.x:.4g}" for point in points)
-        caption = ("Lower and further left is better; bars are 95 % intervals of the generated sample. The dotted steps are the Pareto "
-                   f"front, which no cheaper model beats by its value: {'; '.join(point.label for point in charts.front(points))}. {more}")
+        ahead = "; ".join(point.label for point in charts.front(points))
+        caption = (f"Lower and further left is better{charts.without_bias(report['rows'])}; bars are 95 % intervals of "
+                   f"{charts.bars(report['rows'])}. The dotted steps are the Pareto front, which no cheaper model beats by its value: "
+                   f"{ahead}. {more}")
         figure = charts.plot_quality(points, axis, f"{head}, lower is better", charts.COST)
         made.append(Chart(name, caption.strip(), charts.svg(figure, cost, f"{name}. {words}")))
     return made
@@ -151,8 +168,11 @@ def _costs(report: Mapping[str, Any]) -> list[Chart]:
 def _class_charts(report: Mapping[str, Any]) -> list[Chart]:
     """What goes wrong in which class; the tables have the numbers."""
     names, protocol, made = report["classes"]["names"], report["protocol"], []
+    if not tables.few_classes(names):
+        return []
+    labelled = next((name for name in report["rows"][0]["metrics"] if name.startswith("accuracy")), "accuracy")
     wrong, far = (_dots(report, kind, reach) for kind, reach in
-                  (("accuracy", metrics.Z95), ("distance", metrics.student_t(protocol["groups"] - 1))))
+                  ((labelled, metrics.Z95), ("distance", metrics.student_t(protocol["groups"] - 1))))
     if wrong:
         wrong = [replace(dot, values=[1 - value for value in dot.values]) for dot in wrong]
         least = protocol["classes"] / protocol["count"]
@@ -186,19 +206,3 @@ def _curves(training: Training, name: str) -> list[Chart]:
         made.append(Chart(curve.title, f"{', '.join(lines)}. Healthy: {curve.healthy}.",
                           charts.svg(charts.plot_curves(lines, curve.logarithmic), f"{name}-{i}", f"{curve.title}. {words}")))
     return made
-
-
-def _made(report: Mapping[str, Any]) -> Table:
-    """Where each row came from, and the fields of the environment that differ."""
-    differing = report["environment"]["differing"]
-    rows = [(row["label"], (row["weights"] or "")[:12], row["trained"] or "", _times(row["times"]), row["started"][:16].replace("T", " "),
-             *(values[i][:12] if field == "commit" else values[i] for field, values in differing.items()))
-            for i, row in enumerate(report["rows"])]
-    return Table("Row by row", "≠ marks what is not the same in all rows." if differing else "",
-                 ("model", "weights", "trained by", "times", "scored", *(f"≠ {field}" for field in differing)), rows)
-
-
-def _times(times: Sequence[float]) -> str:
-    """The first and the last where they are many, on one line; report.json has all."""
-    told = [f"{t:.3g}" for t in times]
-    return ",\u00a0".join(told if len(told) <= SHOWN else [*told[: SHOWN - 1], "…", told[-1]])

@@ -25,9 +25,9 @@ class Pairing:
         return None if a is None or b is None else self.kind.paired(a, b)
 
     def wins(self, row: int, other: int) -> breakdown.Wins | None:
-        """On samples that are right or wrong, or on prompts that have a value; None where the metric knows neither."""
+        """On samples that are right or wrong, or on prompts that have a value; None where the metric knows neither, or only sets."""
         a, b = (None if found is None else found.values for found in (self.made[row], self.made[other]))
-        if a is None or b is None or (a.dtype != torch.bool and self.kind.unit == "sample"):
+        if a is None or b is None or (a.dtype != torch.bool and self.kind.unit != "prompt"):
             return None
         return breakdown.wins(a > b, a < b)
 

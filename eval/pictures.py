@@ -38,6 +38,10 @@ class Pictures:
             raise ValueError(f"pictures must be a uint8 tensor (N, C, H, W), got {images.dtype} {tuple(images.shape)}: quantise them first")
         return cls(len(images), lambda rows: list(images[rows.start : rows.stop]))
 
+    def part(self, start: int, stop: int) -> Pictures:
+        """Those from `start` to below `stop`."""
+        return Pictures(stop - start, lambda rows: self.read(range(start + rows.start, start + rows.stop)))
+
     def first(self, count: int) -> Tensor:
         """The first ones of one size, (n, C, H, W)."""
         return torch.stack(list(self.read(range(min(count, self.count)))))
@@ -46,18 +50,34 @@ class Pictures:
 # ------------------------------------------------------------------------------------------------------------------------------- folders
 
 
-def files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path, nested: bool = False) -> list[Path]:
     """The picture files of a folder in the order of their names, without the sheet of `stepdistill sample`.
 
-    Raises FileNotFoundError for no folder, ValueError for one without pictures.
+    `nested` also takes a folder whose pictures lie in its subfolders (of classes or categories), one level down, in the order of the
+    subfolders' names and then of theirs. Raises FileNotFoundError for no folder, ValueError for one without pictures, and for one that has
+    some itself and others in subfolders.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: name one that holds pictures")
-    found = sorted(path for path in folder.iterdir()
-                   if path.suffix.lower() in SUFFIXES and path.name != SHEET and not path.name.startswith("."))
-    if not found:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
-    return found
+    own = _flat(folder)
+    if own and not nested:
+        return own
+    inner = {path: found for path in sorted(folder.iterdir())
+             if path.is_dir() and not path.name.startswith(".") and (found := _flat(path))}
+    if nested and own and inner:
+        raise ValueError(f"{folder} holds {len(own):,} pictures itself and others in {next(iter(inner)).name}: name a folder that holds "
+                         "either pictures or folders of them")
+    if not nested and inner:
+        raise ValueError(f"{folder} holds no pictures itself, and those in {next(iter(inner)).name} have no place in the order of samples: "
+                         "put picture i of sample i into one folder")
+    if found := own + [path for each in inner.values() for path in each]:
+        return found
+    raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})" + " and no folders of them" * nested)
+
+
+def _flat(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir()
+                  if path.suffix.lower() in SUFFIXES and path.name != SHEET and not path.name.startswith("."))
 
 
 def digest_of(files: Sequence[Path]) -> str:
@@ -133,6 +153,15 @@ def whole(picture: Tensor, crop: str, size: int, by: str) -> Tensor:
     if side < size:
         raise ValueError(f"a picture is {width}x{height} and the protocol looks at {size}x{size}: make larger ones")
     return from_image(to_image(picture).resize((size, size), FILTERS[by]))
+
+
+def shrunk(picture: Tensor, size: int, by: str) -> Tensor:
+    """A picture (C, H, W) whose short side is `size` at most, by a filter of FILTERS; smaller ones stay as they are, all do for 0."""
+    height, width = picture.shape[1:]
+    side = min(height, width)
+    if not 0 < size < side:
+        return picture
+    return from_image(to_image(picture).resize((round(width * size / side), round(height * size / side)), FILTERS[by]))
 
 
 def patch(picture: Tensor) -> Tensor:

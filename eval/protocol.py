@@ -49,6 +49,10 @@ class Protocol:
     """Everything that a score depends on except the model and its sampler.
 
     A field with a default is left out of the hash and of the file while it has it, so that protocols of before it keep theirs.
+
+    `quantise` and `precision` state how every score here is made, and switch nothing: values go to the nearest of 256 levels, and
+    extractors run in float32 without TF32. A paper that truncates (DMD2, half a level darker) is not imitated; pictures quantised in
+    another way can be scored as a folder of PNG files, which the field then does not speak of.
     """
 
     name: str
@@ -80,6 +84,7 @@ class Protocol:
     prompts_sha256: str = ""
     cover_neighbours: int = 5                           # of density and coverage
     variety: tuple[int, int] = (0, 0)                   # prompts (or classes) and seeds of each that variety is told from
+    variety_apart: bool = False                         # whether these are samples of their own, which come after the `count` others
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -122,6 +127,15 @@ class Protocol:
     def turns(self) -> int:
         """Sample i has the class or the prompt i mod turns."""
         return max(1, self.prompts or self.classes)
+
+    @property
+    def total(self) -> int:
+        """Pictures in all: `count`, and after them those of variety where they are apart."""
+        return self.count + (self.variety[0] * self.variety[1] if self.variety_apart else 0)
+
+    def label(self, i: int) -> int:
+        """The class or the prompt of sample i, below `total`."""
+        return i % self.turns if i < self.count else (i - self.count) % self.variety[0]
 
     @property
     def strata(self) -> int:

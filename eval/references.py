@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.eval.extractors import EXTRACTORS
-from stepdistill.eval.measures import KINDS
+from stepdistill.eval.measures import KINDS, fewest_real
 from stepdistill.eval.metrics import Moments
 from stepdistill.eval.pictures import Pictures, digest_of, files_in, real
 from stepdistill.eval.protocol import Protocol
@@ -34,10 +34,11 @@ OF_MOMENTS = ("frechet", "fid", "fd", "patchfid")       # kinds of measures that
 
 @dataclass(frozen=True)
 class Statistics:
-    """What an extractor saw: moments of all pictures, and features (M, d) of some."""
+    """What an extractor saw: moments of all pictures, features (M, d) of some, and what those are called where they have names."""
 
     train: Moments
     test_features: Tensor
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ def set_keys(protocol: Protocol) -> frozenset[str]:
     return frozenset(measure.key for measure in protocol.plan.values() if KINDS[measure.kind].real and measure.kind not in OF_MOMENTS)
 
 
-def gather(seen: Pictures, protocol: Protocol, keep: int, device: torch.device | str = "cpu") -> dict[str, Statistics]:
-    """Statistics of pictures, by `keys_of`; features are kept of `keep` of them, evenly spaced."""
+def gather(seen: Pictures, protocol: Protocol, keep: int, device: torch.device | str = "cpu",
+           names: Sequence[str] = ()) -> dict[str, Statistics]:
+    """Statistics of pictures, by `keys_of`; features, and the names of whose they are, are kept of `keep` of them, evenly spaced."""
     keys = keys_of(protocol)
     judges: dict[str, Any] = {name: EXTRACTORS[name]() for name in dict.fromkeys(key.partition(".")[0] for key in keys)}
     judges = {name: judge.to(device) for name, judge in judges.items()}
@@ -75,7 +77,8 @@ def gather(seen: Pictures, protocol: Protocol, keep: int, device: torch.device |
             features = answers[key][0]
             moments[key] = moments[key] + Moments.of(features) if key in moments else Moments.of(features)
             kept[key].append(features[mine])
-    return {key: Statistics(moments[key], torch.cat(kept[key])) for key in keys}
+    named = tuple(names[row] for row in rows.tolist()) if names else ()
+    return {key: Statistics(moments[key], torch.cat(kept[key]), named) for key in keys}
 
 
 def spaced(count: int, keep: int) -> Tensor:
@@ -85,16 +88,14 @@ def spaced(count: int, keep: int) -> Tensor:
 
 
 def _blocks(seen: Pictures) -> Iterator[tuple[int, Pictures]]:
-    def shifted(at: int) -> Callable[[range], Sequence[Tensor]]:
-        return lambda rows: seen.read(range(rows.start + at, rows.stop + at))
-
     for start in range(0, seen.count, BLOCK):
-        yield start, Pictures(min(BLOCK, seen.count - start), shifted(start))
+        yield start, seen.part(start, min(start + BLOCK, seen.count))
 
 
 def make(source: Path, protocol: Protocol, to: Path, *, keep: int, count: int = 0, set_from: Path | None = None,
          device: torch.device | str = "cpu") -> Stored:
-    """Write the reference of a protocol from a folder of real pictures, or from published statistics, of `count` pictures, and read it.
+    """Write the reference of a protocol from a folder of real pictures (`files_in`, nested), or from published statistics, of `count`
+    pictures, and read it.
 
     `set_from` is another source for the features that kernels and neighbours look at. Raises FileNotFoundError or ValueError where a source
     or `to` is unfit.
@@ -104,8 +105,7 @@ def make(source: Path, protocol: Protocol, to: Path, *, keep: int, count: int = 
     found, sha256, number = _of(source, protocol, keep, count, device)
     if set_from is not None:
         others, other, _ = _of(set_from, protocol, keep, count, device)
-        found = {key: Statistics(statistics.train, others[key].test_features if key in others else statistics.test_features)
-                 for key, statistics in found.items()}
+        found = {key: replace(others[key], train=statistics.train) if key in others else statistics for key, statistics in found.items()}
         sha256 = f"{sha256}+{other}"
     write(to, found, protocol, sha256, number)
     return read(to, protocol)
@@ -114,8 +114,9 @@ def make(source: Path, protocol: Protocol, to: Path, *, keep: int, count: int = 
 def _of(source: Path, protocol: Protocol, keep: int, count: int, device: torch.device | str) -> tuple[dict[str, Statistics], str, int]:
     if source.suffix == ".npz":
         return _published(source, protocol, keep, count, device)
-    files = files_in(source)
-    return gather(real(files), protocol, keep, device), digest_of(files), len(files)
+    files = files_in(source, nested=True)
+    names = [path.relative_to(source).as_posix() for path in files]
+    return gather(real(files), protocol, keep, device, names), digest_of(files), len(files)
 
 
 def _published(file: Path, protocol: Protocol, keep: int, count: int,
@@ -130,26 +131,36 @@ def _published(file: Path, protocol: Protocol, keep: int, count: int,
         raise ValueError(f"{file} cannot be read ({error}): get it again") from error
     if not {"mu", "sigma"} <= set(arrays) or arrays["mu"].shape != (EXTRACTORS[protocol.extractor]().dim,):
         raise ValueError(f"{file} holds no mu and sigma of {protocol.extractor}: name statistics of that network, or a folder of pictures")
-    features = torch.zeros(0, len(arrays["mu"]))
+    number = count or len(arrays.get("arr_0", ()))
+    found = Statistics(Moments.from_statistics(max(2, number), arrays["mu"], arrays["sigma"]), torch.zeros(0, len(arrays["mu"])))
     if "arr_0" in arrays:
         pictures = Pictures.of(arrays["arr_0"].movedim(-1, 1))
-        features = gather(pictures, protocol, keep, device)[protocol.extractor].test_features
-    number = count or len(arrays.get("arr_0", ()))
-    return ({protocol.extractor: Statistics(Moments.from_statistics(max(2, number), arrays["mu"], arrays["sigma"]), features)},
-            digest(file), number)
+        names = [f"{file.name}[{i}]" for i in range(pictures.count)]
+        found = replace(gather(pictures, protocol, keep, device, names)[protocol.extractor], train=found.train)
+    return {protocol.extractor: found}, digest(file), number
 
 
 def write(to: Path, found: Mapping[str, Statistics], protocol: Protocol, sha256: str, count: int, maker: str = "") -> None:
     """A reference file, in one move. `maker` is a digest of the model that made its pictures, if one did, and of how it was run."""
     tensors = {f"{key}/{name}": value for key, statistics in found.items() for name, value in (
         ("n", torch.tensor(statistics.train.n)), ("mean", statistics.train.mean), ("cov", statistics.train.cov),
-        ("features", statistics.test_features))}
+        ("features", statistics.test_features), *(("names", _bytes(statistics.names)) for _ in statistics.names[:1]))}
     metadata = {"sha256": sha256, "count": str(count), "chain": _chain(protocol), "maker": maker,
                 "extractors": json.dumps({key: protocol.extractors[key.partition(".")[0]] for key in found})}
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary = to.with_name(f".{to.name}.{os.getpid()}.partial")
     save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
     os.replace(temporary, to)
+
+
+def _bytes(names: Sequence[str]) -> Tensor:
+    """File names in one tensor: a safetensors header would not hold a million of them."""
+    return torch.frombuffer(bytearray("\0".join(names).encode("utf-8", "surrogateescape")), dtype=torch.uint8)
+
+
+def _names(kept: Tensor | None) -> tuple[str, ...]:
+    """The inverse; none where a reference has none."""
+    return () if kept is None else tuple(kept.numpy().tobytes().decode("utf-8", "replace").split("\0"))
 
 
 def _chain(protocol: Protocol) -> str:
@@ -172,7 +183,7 @@ def maker_of(path: Path) -> str | None:
 
 def read(path: Path, protocol: Protocol) -> Stored:
     """A reference file. Raises FileNotFoundError where it is missing, and ValueError where it is damaged, was seen by other extractors or
-    through another crop or filter, or lacks what the protocol looks at."""
+    through another crop or filter, or lacks what the protocol looks at, or features of as many pictures as a measure needs."""
     again = f"make it again by `stepdistill reference SOURCE --protocol {protocol.name}`"
     if not path.is_file():
         raise FileNotFoundError(f"no reference {path}: {again}")
@@ -181,7 +192,7 @@ def read(path: Path, protocol: Protocol) -> Stored:
             told, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}                # noqa: SIM118
         extractors, chain, sha256, count = json.loads(told["extractors"]), told["chain"], told["sha256"], int(told["count"])
         found = {key: Statistics(Moments.from_statistics(int(tensors[f"{key}/n"]), tensors[f"{key}/mean"], tensors[f"{key}/cov"]),
-                                 tensors[f"{key}/features"]) for key in extractors}
+                                 tensors[f"{key}/features"], _names(tensors.get(f"{key}/names"))) for key in extractors}
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no reference ({error}): {again}") from error
     if chain != _chain(protocol):
@@ -194,6 +205,10 @@ def read(path: Path, protocol: Protocol) -> Stored:
             raise ValueError(f"{path} was made with other weights of the extractor {key} than those here: {again}")
         if key in extractors and not len(found[key].test_features) and (neighbours := _of_sets(protocol, measures)):
             raise ValueError(f"{path} holds moments alone, and {neighbours} looks at features: name pictures with --set-from")
+        for name in measures if key in extractors else ():
+            if (there := len(found[key].test_features)) < (least := fewest_real(protocol, protocol.plan[name].kind)):
+                raise ValueError(f"{path} keeps features of {there} pictures, and {name} needs {least}: make it of more pictures, or "
+                                 "with a larger --keep")
     return Stored(found, sha256, count)
 
 

@@ -1,7 +1,7 @@
-"""Results of one protocol side by side: report.html, report.md, report.json, quality_vs_nfe.png, samples.png.
+"""Results of one protocol side by side: report.html, report.md, report.json, quality_vs_nfe.png, quality_vs_ms.png, samples.png.
 
 A difference is claimed where it is beyond two paired standard errors and its 95 % interval on one side of zero. Where there is no paired
-error, as of recall or of a row whose features were not kept, nothing is claimed.
+error, as of a row whose features were not kept, nothing is claimed.
 """
 
 from __future__ import annotations
@@ -12,23 +12,37 @@ import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepdistill.eval import alignment, benchmarks, breakdown, charts, curves, measures, metrics, page, provenance, score, seeds
+from stepdistill.eval import (
+    alignment,
+    benchmarks,
+    breakdown,
+    charts,
+    curves,
+    measures,
+    metrics,
+    page,
+    provenance,
+    score,
+    seeds,
+    tables,
+    timings,
+)
 from stepdistill.eval.measures import KINDS, Seen
 from stepdistill.eval.metrics import Estimate
 from stepdistill.eval.pairing import OverSeeds, Pairing
 from stepdistill.eval.protocol import Protocol, fashion_reference, told_apart
-from stepdistill.eval.tables import arrow, delta, enough, markdown, number, plural
+from stepdistill.eval.tables import arrow, delta, enough, many, markdown, number, p_value, plural
 from stepdistill.images import grid, save_png
 from stepdistill.worlds.fashion.data import CLASSES
 
 SHOWN = 8                                               # pictures of each row, where they have no classes
-FEW = 3                                                 # comparisons that need no correction for their number
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,7 @@ class Row:
     result: dict[str, Any]
     group: Sequence[seeds.Loaded] = ()
 
-    @property
+    @cached_property
     def each(self) -> list[Row]:
         """A row for every seed; without `group` itself."""
         return [replace(self, path=path, result=result, group=()) for path, result in self.group] or [self]
@@ -72,23 +86,37 @@ class Row:
         """The same as an Estimate."""
         return measures.estimate(self.metric(name))
 
-    def features(self) -> dict[str, Tensor] | None:
-        """What the result kept beside it: features (N, d), labels (N,), and where a classifier answered `predicted` (N,)."""
-        return score.read_features(self.path, self.result)
+    @cached_property
+    def kept(self) -> dict[str, Tensor] | None:
+        """What the result kept beside it: features (N, d), labels (N,), where a classifier answered `predicted` (N,), prompts, and what
+        pairs results. Of several seeds None: `each` of them has its own."""
+        found = None if self.group else score.read_features(self.path, self.result)
+        return None if found is None else _completed(found, Protocol.from_dict(self.result["protocol"]))
 
-    def pictures(self) -> Tensor | None:
-        """Its first pictures, uint8 (n, C, H, W)."""
-        return score.read_samples(self.path.with_name(self.result["samples"]), self.result) if self.result["samples"] else None
+    @cached_property
+    def samples(self) -> dict[str, Tensor]:
+        """Its first pictures, uint8 (n, C, H, W), as `images`, with their prompts; nothing where none are kept. Of several seeds those of
+        the first."""
+        path, result = self.each[0].path, self.each[0].result
+        found = score.read_tensors(path.with_name(result["samples"]), result, {"images": None}) if result["samples"] else None
+        return found or {}
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All prompts where it kept features, those of the first pictures where it kept only these, or none."""
+        return score.prompts_in(self.each[0].kept or {}) or score.prompts_in(self.samples)
 
 
-def compare(results: list[Path], to: Path, runs: Sequence[Path] = (), over_seeds: bool = False) -> dict[str, Any]:
-    """Write the report into the folder `to`, with the training curves of `runs`; returns report.json's content.
+def compare(results: list[Path], to: Path, runs: Sequence[Path] = (), speed: Path | None = None,
+            over_seeds: bool = False) -> dict[str, Any]:
+    """Write the report into the folder `to`, with the training curves of `runs` and the milliseconds of `speed`, a file of `bench speed`;
+    returns report.json's content.
 
     `over_seeds` makes one row of a model's results of several seeds (`seeds.gathered`).
 
-    Raises ValueError for results of unequal protocols, naming the fields that differ, and FileNotFoundError or ValueError for a result or a
-    run that is none. Teachers come first, the one of most steps (and of those the best) at the head; every paired difference is to that
-    first row.
+    Raises ValueError for results of unequal protocols, naming the fields that differ, and FileNotFoundError or ValueError for a result, a
+    run or a file of timings that is none, or that times no model of these. Teachers come first, the one of most steps (and of those the
+    best) at the head; every paired difference is to that first row.
     """
     if to.exists() and not to.is_dir():
         raise ValueError(f"{to} is a file: name a folder with --to")
@@ -102,19 +130,23 @@ def compare(results: list[Path], to: Path, runs: Sequence[Path] = (), over_seeds
     groups = {group[0][0]: group for group in seeds.gathered(loaded)} if over_seeds else {}
     rows = arrange([(path, seeds.pooled(group)) for path, group in groups.items()] or loaded)
     rows = [replace(row, group=groups.get(row.path, ())) for row in rows]
-    report = {**gather(rows), "runs": [training.to_dict() for training in trainings]}
-    pictures = [(row.label, images) for row in rows if (images := row.each[0].pictures()) is not None]
+    report = {**gather(rows, None if speed is None else timings.read(speed)), "runs": [training.to_dict() for training in trainings]}
+    pictures = [(row.label, row.samples["images"]) for row in rows if row.samples]
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary = to.with_name(f".{to.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         head, count = next(iter(rows[0].result["metrics"])), report["protocol"]["count"]
-        bars = "the mean over seeds" if groups else "the generated sample"
-        title = f"{head}, {'lower' if arrow(head) == '↓' else 'higher'} is better ({count:,} pictures, bars: 95 % of {bars})"
-        if points := charts.points(report["rows"], "nfe"):
-            charts.plot_quality(points, charts.NFE, title).savefig(temporary / "quality_vs_nfe.png", dpi=160)
-        if pictures and (names := report["classes"]["names"]):
+        title = (f"{head}, {'lower' if arrow(head) == '↓' else 'higher'} is better{charts.without_bias(report['rows'])}\n"
+                 f"({count:,} pictures, bars: 95 % of {charts.bars(report['rows'])})")
+        drawn = (("quality_vs_nfe.png", charts.points(report["rows"], "nfe"), charts.NFE),
+                 ("quality_vs_ms.png", charts.points(report["rows"], "ms_per_image"), charts.MS))
+        for name, points, axis in drawn:
+            if points:
+                charts.plot_quality(points, axis, title).savefig(temporary / name, dpi=160)
+        grey = all(images.shape[1] == 1 for _, images in pictures)
+        if pictures and (names := report["classes"]["names"]) and tables.few_classes(names) and grey:
             charts.plot_samples(pictures, names).savefig(temporary / "samples.png", dpi=160)
         elif pictures:
             alike = [images[:SHOWN] for _, images in pictures if images.shape[1:] == pictures[0][1].shape[1:]]
@@ -184,10 +216,8 @@ def _pairings(rows: Sequence[Row]) -> dict[str, Pairing]:
     if len(rows) < 2:
         return {}
     protocol, out = Protocol.from_dict(rows[0].result["protocol"]), {}
-    kept = [None if (tensors := row.features()) is None else _completed(tensors, protocol) for row in rows]
     for name, measure in protocol.plan.items():
-        found = [None if tensors is None else measures.unpacked(tensors, name, row.estimate(name))
-                 for row, tensors in zip(rows, kept, strict=True)]
+        found = [None if row.kept is None else measures.unpacked(row.kept, name, row.estimate(name)) for row in rows]
         made = [None if one is None or (one.left is None and one.values is None) else one for one in found]
         if any(made):
             out[name] = Pairing(KINDS[measure.kind], made)
@@ -217,27 +247,30 @@ def judge(name: str, difference: Estimate, pictures: int | None = None, p: float
 def differences(rows: Sequence[Row], paired: Mapping[str, Pairing | OverSeeds]) -> list[dict[str, Any] | None]:
     """Paired difference of each row to the first, by metric, where both kept their features; None for the first row.
 
-    Of more than FEW such rows each difference has a p value, too, adjusted for their number (Holm).
+    Where the rows that have such differences are `tables.many`, each difference has a p value, too, adjusted for their number (Holm).
     """
     count, out = rows[0].result["protocol"]["count"], []
     found = {str(i): {name: e for name, pairing in paired.items() if (e := pairing.difference(i, 0)) is not None}
              for i in range(1, len(rows))}
-    many = {name: alignment.holm({row: alignment.p_value(each[name]) for row, each in found.items() if name in each})
-            for name in paired} if len(found) > FEW else {}
+    adjusted = {name: alignment.holm({row: alignment.p_value(each[name]) for row, each in found.items() if name in each})
+                for name in paired} if many(sum(map(bool, found.values()))) else {}
     for row, each in found.items():
-        p = {name: many[name][row] for name in each if many}
+        p = {name: adjusted[name][row] for name in each if adjusted}
         out.append({name: {"delta": e.value, "corrected": e.corrected, "se": e.se, "ci95": list(e.ci95),
-                           "verdict": judge(name, e, count, p.get(name, 0.0)), **({"p_holm": p[name]} if many else {})}
+                           "verdict": judge(name, e, count, p.get(name, 0.0)), **({"p_holm": p[name]} if adjusted else {})}
                     for name, e in each.items()})
     return [None, *out]
 
 
 def best(rows: Sequence[Row], name: str, pairing: Pairing | OverSeeds) -> int | None:
-    """The row that is better than every other one by `judge`, if one is."""
+    """The row that is better than every other one by `judge`, if one is; p values are adjusted where the others are many, too."""
     sign, count = 1 if arrow(name) == "↑" else -1, rows[0].result["protocol"]["count"]
     top = max(range(len(rows)), key=lambda i: sign * rows[i].metric(name)["value"])
     found = [pairing.difference(top, i) for i in range(len(rows)) if i != top]
-    return top if all(e is not None and judge(name, e, count) == "better" for e in found) else None
+    told = [e for e in found if e is not None]
+    p = alignment.holm({str(i): alignment.p_value(e) for i, e in enumerate(told)}) if many(len(found)) else {}
+    ahead = [judge(name, e, count, p.get(str(i), 0.0)) == "better" for i, e in enumerate(told)]
+    return top if len(told) == len(found) and all(ahead) else None
 
 
 def _wins(paired: Mapping[str, Pairing | OverSeeds], row: int) -> dict[str, Any]:
@@ -255,21 +288,54 @@ def _judged(row: Row, first: Row) -> dict[str, Any]:
 
 
 def _by_class(row: Row, protocol: Protocol, real: Tensor | None) -> dict[str, Any] | None:
-    """Values and standard errors of each class: squared distance of the mean features to real ones (classes, d), and accuracy."""
-    kept = None if row.group else row.features()
-    if kept is None or real is None:
+    """By metric what each class has: means of its samples' values with standard errors, or the value that is told of a class, without one.
+    `distance`: squared distance of the mean features to real ones (classes, d), where these are known. None without classes or features,
+    and of several seeds."""
+    kept = row.kept
+    if kept is None or not protocol.classes:
         return None
-    member = metrics.members(protocol.count, protocol.groups, protocol.classes)
-    found = {"distance": breakdown.class_distances(kept["features"], kept["labels"], real, member)}
-    if "predicted" in kept:
-        found["accuracy"] = breakdown.class_accuracies(kept["predicted"], kept["labels"], protocol.classes)
-    return {name: {"value": [e.value for e in estimates], "se": [e.se for e in estimates]} for name, estimates in found.items()}
+    found: dict[str, Any] = {}
+    for name, measure in protocol.plan.items():
+        values = kept.get(f"values/{name}")
+        if values is not None and KINDS[measure.kind].unit == "sample":
+            found[name] = _block(breakdown.by_class(values, kept["labels"], protocol.classes))
+        elif values is not None and KINDS[measure.kind].unit == "prompt":
+            found[name] = {"value": values.tolist(), "se": None}
+    if real is not None:
+        member = metrics.members(protocol.count, protocol.groups, protocol.classes)
+        found["distance"] = _block(breakdown.class_distances(kept["features"], kept["labels"], real, member))
+    return found
 
 
-def gather(rows: Sequence[Row]) -> dict[str, Any]:
-    """report.json's content but for the runs: every row with what can be said of it."""
+def _block(estimates: Sequence[Estimate]) -> dict[str, list[float]]:
+    return {"value": [e.value for e in estimates], "se": [e.se for e in estimates]}
+
+
+def _by_prompt(rows: Sequence[Row], protocol: Protocol) -> dict[str, Any]:
+    """`first`: the texts of the first prompts. `extremes`: by metric, of those that have a value for each prompt, the numbers and texts of
+    the best and the worst, and each row's values of these (None without features, and of several seeds)."""
+    if not protocol.prompts:
+        return {"first": [], "extremes": {}}
+    texts = max((row.prompts for row in rows), key=len)
+    found: dict[str, Any] = {}
+    for name, measure in protocol.plan.items():
+        told = [None if row.kept is None else row.kept.get(f"values/{name}") for row in rows]
+        known = [values for values in told if values is not None]
+        if KINDS[measure.kind].unit == "prompt" and known:
+            chosen = breakdown.extremes(torch.stack(known), KINDS[measure.kind].better == "↑")
+            found[name] = {"count": len(known[0]), "chosen": chosen,
+                           "texts": [texts[i] if i < len(texts) else f"prompt {i}" for i in chosen],
+                           "values": [None if values is None else values[chosen].tolist() for values in told]}
+    return {"first": list(texts[:SHOWN]), "extremes": found}
+
+
+def gather(rows: Sequence[Row], speed: timings.Timings | None = None) -> dict[str, Any]:
+    """report.json's content but for the runs: every row with what can be said of it. Milliseconds are those of `speed` where it is given:
+    None for a row that it does not time."""
+    clocked = [None for _ in rows] if speed is None else speed.told([row.result for row in rows])
+    block = None if speed is None else speed.describe(clocked)
     protocol, paired = Protocol.from_dict(rows[0].result["protocol"]), pairings(rows)
-    real, names, floor = None, [], torch.zeros(0)
+    real, names, floor = None, [f"class {c}" for c in range(protocol.classes)], torch.zeros(0)
     if protocol.name == "fashion":
         reference, names = fashion_reference(), list(CLASSES)
         real = breakdown.class_means(reference.test_features, reference.test_labels, protocol.classes)
@@ -277,18 +343,19 @@ def gather(rows: Sequence[Row]) -> dict[str, Any]:
     leading = {name: best(rows, name, pairing) for name, pairing in paired.items()}
     same, differing = provenance.environments([row.result for row in rows])
     told = [{"label": row.label, "series": row.series, "result": str(row.path), "is_teacher": row.is_teacher, "nfe": row.nfe,
-             "ms_per_image": row.ms, "metrics": row.result["metrics"], "best": [name for name, leader in leading.items() if leader == i],
+             "ms_per_image": row.ms if block is None else ms and ms[block["span"]], "ms": ms, "metrics": row.result["metrics"],
+             "best": [name for name, leader in leading.items() if leader == i],
              "difference": difference, "wins": _wins(paired, i) if i else None, "classes": _by_class(row, protocol, real),
-             "features": all(each.features() is not None for each in row.each), "teacher": row.result["teacher"],
+             "features": all(each.kept is not None for each in row.each), "teacher": row.result["teacher"],
              "memory": row.result.get("memory"), "judges": _judged(row, rows[0]), "groups": row.result.get("groups"),
              **provenance.origin(row.result), "seeds": seeds.told(row.group) if row.group else None,
              "commands": [provenance.command(each.result, each.path.name) for each in row.each]}
-            for i, (row, difference) in enumerate(zip(rows, differences(rows, paired), strict=True))]
+            for i, (row, ms, difference) in enumerate(zip(rows, clocked, differences(rows, paired), strict=True))]
     return {"protocol": rows[0].result["protocol"], "protocol_hash": rows[0].result["protocol_hash"], "first": rows[0].label,
             "seeds": [each.result["protocol"]["seed"] for each in rows[0].each],
             "rows": [{**row, "verdict": verdict(row, told) if i and not row["is_teacher"] else None} for i, row in enumerate(told)],
-            "classes": {"names": names, "real_distance": floor.tolist()},
-            "environment": {"same": same, "differing": differing}}
+            "classes": {"names": names, "real_distance": floor.tolist()}, "prompts": _by_prompt(rows, protocol),
+            "environment": {"same": same, "differing": differing}, "speed": block}
 
 
 def verdict(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -306,7 +373,8 @@ def verdict(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[s
     else:
         word = block["verdict"]
         small = f"too {'small' if enough(row['metrics'][head]['n']) else 'uncertain from so few pictures'} to call either better"
-        said.append(f"Paired difference {delta(block)}, {small if word == 'undecided' else f'so {word}'}.")
+        p = f", p {p_value(block)} adjusted for the number of rows" if p_value(block) else ""
+        said.append(f"Paired difference {delta(block)}{p}, {small if word == 'undecided' else f'so {word}'}.")
     if cut := [other for other in rows[1:] if other["is_teacher"] and row["nfe"] <= other["nfe"] < first["nfe"]]:
         least = min(cut, key=lambda other: int(other["nfe"]))
         said.append(f"The teacher itself, cut to {plural(least['nfe'], 'evaluation')}, is at {value(least)}.")

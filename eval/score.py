@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stepdistill.eval import diversity, measures, pictures
 from stepdistill.eval.extractors import EXTRACTORS, Extractor, digest_of, embed, extract
-from stepdistill.eval.measures import KINDS, Found, Seen
+from stepdistill.eval.measures import IN_PROMPT, KINDS, Found, Seen
 from stepdistill.eval.metrics import Estimate
 from stepdistill.eval.pictures import Pictures
 from stepdistill.eval.protocol import PROTOCOLS, Measure, Protocol, Real, View, hash_of
@@ -35,7 +35,7 @@ Answers = dict[str, tuple[Tensor, Tensor | None]]       # features (N, d) and lo
 @dataclass(frozen=True)
 class Scored:
     """Estimates by metric name, and what they came from: the first extractor's features (N, d), labels (N,), its answers (N,) if it is a
-    classifier, the other extractors' features by `Measure.key`, and what pairs results (`measures.packed`)."""
+    classifier, the other features by `measures.key_of`, what pairs results (`measures.packed`), and the prompts."""
 
     metrics: dict[str, Estimate]
     features: Tensor
@@ -43,31 +43,33 @@ class Scored:
     predicted: Tensor | None
     further: Mapping[str, Tensor] = field(default_factory=dict)
     pairs: Mapping[str, Tensor] = field(default_factory=dict)
+    prompts: Sequence[str] = ()
 
 
 def score(images: Tensor | Pictures, labels: Tensor, protocol: Protocol, reference: Real | Mapping[str, Real] | None = None, *,
           prompts: Sequence[str] = (), device: torch.device | str = "cpu") -> Scored:
-    """Pictures, sample i at row i, and the class or the number of the prompt asked of each (N,); N is the protocol's count.
+    """Pictures, sample i at row i, and the class or the number of the prompt asked of each (N,); N is the protocol's total.
 
     The reference is that of a shipped world unless given: real data of the first extractor, or by `Measure.key`. Raises ValueError where
     pictures, labels, prompts, reference and protocol do not fit each other.
     """
     seen = images if isinstance(images, Pictures) else Pictures.of(images)
     labels, real = labels.long().cpu(), _real(protocol, reference)
-    if seen.count != protocol.count or len(labels) != protocol.count:
-        raise ValueError(f"protocol {protocol.name!r} wants {protocol.count} pictures, got {seen.count} and {len(labels)} labels")
-    if not torch.equal(labels, torch.arange(len(labels)) % protocol.turns):
+    if seen.count != protocol.total or len(labels) != protocol.total:
+        raise ValueError(f"protocol {protocol.name!r} wants {protocol.total} pictures, got {seen.count} and {len(labels)} labels")
+    if labels.tolist() != [protocol.label(i) for i in range(protocol.total)]:
         raise ValueError(f"protocol {protocol.name!r} wants the labels {protocol.labels}: generate with balanced labels")
     if len(prompts) != protocol.prompts:
         raise ValueError(f"protocol {protocol.name!r} has {protocol.prompts} prompts, got {len(prompts)}")
     judges = judges_of(protocol, protocol.extractors, device)
     texts = {name: embed(judges[name], prompts, protocol.batch_size) for name in readers(protocol.plan)}
     distance = diversity.load_lpips(device) if diversity.JUDGE in protocol.extractors else None
-    answers = look(seen, protocol, judges)
+    answers = look_at(seen, protocol, judges)
+    labels = labels[: protocol.count]
     found = measure_all(protocol.plan, answers, real, texts, Seen(protocol, Measure("", ""), labels, pictures=seen, distance=distance))
     features, logits = answers.pop(protocol.extractor)
     return Scored({name: each.estimate for name, each in found.items()}, features, labels, None if logits is None else logits.argmax(1),
-                  {key: others for key, (others, _) in answers.items()}, measures.packed(found))
+                  {key: others for key, (others, _) in answers.items()}, measures.packed(found), tuple(prompts))
 
 
 def _real(protocol: Protocol, reference: Real | Mapping[str, Real] | None) -> Mapping[str, Real]:
@@ -81,7 +83,7 @@ def measure_all(plan: Mapping[str, Measure], answers: Answers, real: Mapping[str
     """What measures find, by their names: of `seen`, and of what belongs to each of them among the answers, real data and texts."""
     found: dict[str, Found] = {}
     for name, measure in plan.items():
-        features, logits = answers.get(measure.key, (None, None))
+        features, logits = answers.get(measures.key_of(measure, seen.protocol), (None, None))
         if KINDS[measure.kind].real and measure.key not in real:
             raise ValueError(f"the reference knows nothing of {measure.key}, which {name} is measured on: make it again with this protocol")
         found[name] = KINDS[measure.kind].find(replace(seen, measure=measure, features=features, logits=logits, real=real.get(measure.key),
@@ -107,11 +109,22 @@ def judges_of(protocol: Protocol, names: Collection[str], device: torch.device |
     return {name: judge.to(device) for name, judge in judges.items()}
 
 
+def look_at(seen: Pictures, protocol: Protocol, judges: Mapping[str, Extractor]) -> Answers:
+    """All that the measures of a protocol read of its pictures, by `measures.key_of`."""
+    if not protocol.variety_apart:
+        return look(seen, protocol, judges)
+    asked = {measure.extractor for measure in protocol.plan.values() if measure.kind in IN_PROMPT}
+    answers = look(seen.part(0, protocol.count), protocol.only(KINDS.keys() - IN_PROMPT), judges)
+    others = {name: judge for name, judge in judges.items() if name in asked}
+    apart = look(seen.part(protocol.count, protocol.total), protocol.only(IN_PROMPT), others)
+    return answers | {f"{key}{measures.APART}": found for key, found in apart.items()}
+
+
 def look(seen: Pictures, protocol: Protocol, judges: Mapping[str, Extractor]) -> Answers:
     """What the extractors say of pictures, some rows at a time: every one of `judges` on each view that a measure of the protocol takes."""
     wanted = dict.fromkeys([(protocol.extractor, "whole"), *((m.extractor, m.view) for m in protocol.plan.values() if m.kind != "lpips")])
     parts: dict[tuple[str, View], list[tuple[Tensor, Tensor | None]]] = {pair: [] for pair in wanted if pair[0] in judges}
-    for start in range(0, seen.count, protocol.batch_size):
+    for start in range(0, seen.count if parts else 0, protocol.batch_size):
         rows = seen.read(range(start, min(seen.count, start + protocol.batch_size)))
         views = {view: shown(rows, view, protocol) for view in dict.fromkeys(view for _, view in parts)}
         for (name, view), answers in parts.items():
@@ -156,7 +169,7 @@ def _commit() -> str | None:
 
 
 def features_path(path: Path, extractor: str) -> Path:
-    """Where a result keeps its features of an extractor, or of a `Measure.key`."""
+    """Where a result keeps its features of an extractor, or of a `measures.key_of`."""
     return path.with_name(f"{path.stem}.features_{extractor}.safetensors")
 
 
@@ -182,6 +195,7 @@ def write_result(path: Path, protocol: Protocol, scored: Scored, *, model: Mappi
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {"features": scored.features, "labels": scored.labels, **scored.pairs}
     kept |= {} if scored.predicted is None else {"predicted": scored.predicted}
+    kept |= {"prompts": spelled(scored.prompts)} if scored.prompts else {}
     result = {
         "protocol": protocol.to_dict(), "protocol_hash": protocol.hash, "model": dict(model), "sampler": dict(sampler),
         "metrics": {name: estimate.to_dict() for name, estimate in scored.metrics.items()}, "paired": dict(paired or {}),
@@ -193,11 +207,22 @@ def write_result(path: Path, protocol: Protocol, scored: Scored, *, model: Mappi
     for key, features in scored.further.items():
         _save({"features": features}, features_path(path, key), protocol.hash)
     images = images[: sampled(images)]
-    _save({"images": images.cpu(), "labels": scored.labels[: len(images)]}, samples_path(path), protocol.hash)
+    first = {"prompts": spelled(scored.prompts[: len(images)])} if scored.prompts else {}
+    _save({"images": images.cpu(), "labels": scored.labels[: len(images)], **first}, samples_path(path), protocol.hash)
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text)
     os.replace(temporary, path)
     return result
+
+
+def spelled(texts: Sequence[str]) -> Tensor:
+    """Texts among tensors: the bytes of their JSON, uint8 (n,)."""
+    return torch.frombuffer(bytearray(json.dumps(list(texts)).encode()), dtype=torch.uint8)
+
+
+def prompts_in(kept: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The prompts that a companion file holds; none where it is of classes, or of before they were kept."""
+    return tuple(json.loads(kept["prompts"].numpy().tobytes())) if "prompts" in kept else ()
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, protocol_hash: str) -> None:
@@ -238,14 +263,16 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def read_features(path: Path, result: Mapping[str, Any], key: str | None = None) -> dict[str, Tensor] | None:
-    """What the result at `path` keeps of an extractor or a `Measure.key`: features (N, d), and of the first extractor, which is meant where
-    none is named, labels (N,), predicted (N,) of a classifier, and what pairs results. None and errors as `read_tensors`."""
+    """What the result at `path` keeps of an extractor or a `measures.key_of`: features (N, d), and of the first extractor, which is meant
+    where none is named, labels (N,), predicted (N,) of a classifier, and what pairs results. None and errors as `read_tensors`."""
     protocol = Protocol.from_dict(result["protocol"])
     first, place = key in (None, protocol.extractor), features_path(path, key or protocol.extractor)
-    kept = read_tensors(place, result, dict.fromkeys(("features", "labels") if first else ("features",), protocol.count))
+    rows = protocol.total - protocol.count if key is not None and key.endswith(measures.APART) else protocol.count
+    kept = read_tensors(place, result, dict.fromkeys(("features", "labels") if first else ("features",), rows))
     if kept is not None and first:
-        pairs = measures.rows_kept(protocol)
-        before = protocol.name == "fashion" and not set(pairs) & set(kept)       # results of before they kept them
+        sets = {f"values/{name}" for name, measure in protocol.plan.items() if KINDS[measure.kind].unit == "set"}
+        pairs = {name: rows for name, rows in measures.rows_kept(protocol).items() if name in kept or name not in sets}
+        before = protocol.name == "fashion" and not set(pairs) & set(kept)       # results of before they kept them; sets came last
         _refuse_damaged(place, kept, ({} if before else pairs) | ({"predicted": protocol.count} if "predicted" in kept else {}))
     return kept
 

@@ -31,13 +31,13 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import start, steps
 from stepdistill.eval.models import Opened, open_model
 from stepdistill.eval.score import environment
+from stepdistill.eval.timings import SPANS
 from stepdistill.models.attention import attention
 from stepdistill.models.load import Codec, Vae
 from stepdistill.models.prompted import LawCodec, PipelineCodec, PromptTeacher
 from stepdistill.models.wiring import Unrecordable
 
 PARTS = ("denoiser", "text", "decoder")
-SPANS = ("denoiser", "with_text", "with_decoder")       # each of these parts with those before it
 WARM, WARM_COMPILED, RUNS = 3, 10, 30                   # runs of a model before the clock starts, and the fewest that are timed
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}       # of the denoiser; encoders and decoder stay as they are stored
 

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from stepdistill.eval import breakdown
 from stepdistill.eval.measures import KINDS
 from stepdistill.eval.provenance import TIMING
 from stepdistill.eval.seeds import least_name
+from stepdistill.eval.timings import SPANS
 
 ENOUGH = 1000                                           # pictures, below which no difference is claimed: a rule of thumb
+FEW = 3                                                 # comparisons that need no correction for their number
+SPOKEN = dict(zip(SPANS, ("of the denoiser", "with text encoders", "with decoder"), strict=True))
+TIMES = 4                                               # of a sampler that are told, where it has more
 ABREAST = 6                                             # models beside one another in a table of classes: as many as paper holds
-OF_ONE = "Values are what the formula gives on all pictures, ± one standard error of the generated sample: what other seeds would move."
+SUSPECTS = 3                                            # of being learnt by heart that are named
+DISTANCES = ("Squared distance between the mean features of the class's pictures and of real test pictures, ± one standard error. Real: "
+             "the same of real training pictures.")
+OF_ONE = ("Values are what the formula gives on all pictures, with its bias if it has one, ± one standard error of the generated sample: "
+          "what other seeds would move.")
 ERRORS = ("Each student is one training run; the spread between training runs is not in it. NFE: network evaluations for one picture, "
           "both halves of guidance counted. w: the guidance scale, 1 where none is said.")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,25 @@ def enough(count: int) -> bool:
     return count >= ENOUGH
 
 
+def many(comparisons: int) -> bool:
+    """Whether so many differences to one row are too many for each to be judged as if it were alone."""
+    return comparisons > FEW
+
+
+def compared(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows that have a paired difference to the first one, students and samplings of the teacher alike: as many as Holm counts."""
+    return [row for row in report["rows"] if row["difference"]]
+
+
+def correction(report: Mapping[str, Any]) -> str:
+    """Of a report with many comparisons: what is asked of each for their number; empty where they are few."""
+    count = len(compared(report))
+    if not many(count):
+        return ""
+    return (f"{count} rows are held against the first. The intervals are not widened for their number; a claim needs a p value, adjusted "
+            "for it (Holm), of 0.05 or less.")
+
+
 def warning(report: Mapping[str, Any]) -> str:
     """Of pictures that are too few for any claim; empty where they are enough."""
     count = report["protocol"]["count"]
@@ -81,7 +111,14 @@ def warning(report: Mapping[str, Any]) -> str:
 
 
 def timing(report: Mapping[str, Any]) -> str:
-    """Of milliseconds that were taken in different ways; empty where they were not."""
+    """Of the file that the milliseconds are from, or of milliseconds that were taken in different ways; empty where there is no such thing
+    to say."""
+    if told := report["speed"]:
+        env, missing = told["env"], [row["label"] for row in report["rows"] if row["ms"] is None]
+        where = f"{env['device']}, {env['threads']} threads" if env["device_type"] == "cpu" else env["device"]
+        last = f" Not timed there: {'; '.join(missing)}." if missing else ""
+        return (f"Milliseconds are medians for one picture at batch size {told['batch']}, models in turn, in {env['precision']} on "
+                f"{where}, by stepdistill bench speed; the figure has those {SPOKEN[told['span']]}.{last}")
     unequal = [field for field in TIMING if field in report["environment"]["differing"]]
     if not unequal:
         return ""
@@ -101,26 +138,70 @@ def delta(block: Mapping[str, Any]) -> str:
     return f"{number(block['delta'], block['se'])} [{low}, {high}]"
 
 
+def _milliseconds(row: Mapping[str, Any], spans: Sequence[str]) -> list[str]:
+    """Of the timed spans, or where nothing was timed apart those of the scoring itself."""
+    if not spans:
+        return [f"{row['ms_per_image']:.2f}"]
+    return [f"{row['ms'][span]:.2f}" if row["ms"] and row["ms"][span] is not None else "" for span in spans]
+
+
+def p_value(block: Mapping[str, Any]) -> str:
+    """That of a paired difference, adjusted for the number of comparisons; empty where they are few."""
+    if "p_holm" not in block:
+        return ""
+    return "< 0.001" if block["p_holm"] < 0.001 else f"{block['p_holm']:.3f}"
+
+
+def biased(block: Mapping[str, Any]) -> bool:
+    """Whether a metric's value has a bias that its `corrected` value is without."""
+    return bool(block["corrected"] != block["value"])
+
+
+def unbiased(block: Mapping[str, Any]) -> str:
+    """A metric's value without its bias and, in brackets, the 95 % interval, which stands around it."""
+    places = len(number(0, block["se"]).split(" ")[0].partition(".")[2])
+    low, high = (f"{x:.{places}f}" for x in block["ci95"])
+    return f"{block['corrected']:.{places}f} [{low}, {high}]"
+
+
+def without_bias(report: Mapping[str, Any]) -> list[Table]:
+    """The metrics whose formula is biased, without their bias; none where every formula is free of it, or where rows are of several seeds,
+    whose intervals stand around the means."""
+    single = [row for row in report["rows"] if not row["seeds"]]
+    names = [name for name in report["rows"][0]["metrics"] if any(biased(row["metrics"][name]) for row in single)]
+    note = ("By the formula alone a value is off by about c/N, with c of every model its own; the jackknife takes that off. In brackets "
+            "the 95 % interval, which stands around this value. Papers print the values above.")
+    rows = [(row["label"], *(unbiased(row["metrics"][name]) for name in names)) for row in report["rows"]]
+    return [Table("Without bias", note, ("model", *(f"{name} {arrow(name)}" for name in names)), rows)] if names else []
+
+
 def scores(report: Mapping[str, Any]) -> Table:
     """Every metric of every row."""
     names = list(report["rows"][0]["metrics"])
+    spans = [span for span in SPANS if any((row["ms"] or {}).get(span) is not None for row in report["rows"])]
     rows = [(row["label"], str(row["nfe"]), *(number(row["metrics"][n]["value"], row["metrics"][n]["se"]) for n in names),
-             f"{row['ms_per_image']:.2f}") for row in report["rows"]]
+             *_milliseconds(row, spans)) for row in report["rows"]]
     best = frozenset((i, 2 + names.index(name)) for i, row in enumerate(report["rows"]) for name in row["best"])
-    star = "★ better than every other row by more than two paired standard errors." if best else ""
-    heads = ("model", "NFE", *(f"{name} {arrow(name)}" for name in names), "ms / image")
+    adjusted = ", with a p value of 0.05 or less, adjusted for their number (Holm)" if many(len(rows) - 1) else ""
+    star = f"★ better than every other row by more than two paired standard errors{adjusted}." if best else ""
+    heads = ("model", "NFE", *(f"{name} {arrow(name)}" for name in names), *(f"ms, {SPOKEN[span]}" for span in spans))
+    heads = heads if spans else (*heads, "ms / image")
     return Table("All measures", f"{star} {timing(report)}".strip(), heads, rows, best)
 
 
 def paired(report: Mapping[str, Any]) -> list[Table]:
     """The differences to the first row, and what is won and lost against it, where there are any."""
     names, tables = list(report["rows"][0]["metrics"]), seed_by_seed(report)
-    if compared := [row for row in report["rows"] if row["difference"]]:
-        shown = [name for name in names if any(name in row["difference"] for row in compared)]
-        rows = [(row["label"], *(delta(row["difference"][n]) if n in row["difference"] else "" for n in shown)) for row in compared]
+    if held := compared(report):
+        shown = [name for name in names if any(name in row["difference"] for row in held)]
+        with_p = many(len(held))
+        rows = [(row["label"], *(cell for name in shown for cell in _difference(row["difference"].get(name), with_p))) for row in held]
         note = ("Same noise, same labels, same groups, so what both models share cancels. In brackets the 95 % interval, which stands "
                 "around the difference without its bias; one that holds 0 shows no difference.")
-        tables.append(Table(f"Difference to {report['first']}", note, ("model", *shown), rows))
+        if any(KINDS[name.split("_")[0]].unit == "set" for name in shown):
+            note += " Of recall and coverage: the mean difference over disjoint sets, which are smaller than the whole and lie lower."
+        heads = ("model", *(head for name in shown for head in ((name, "p") if with_p else (name,))))
+        tables.append(Table(f"Difference to {report['first']}", f"{note} {correction(report)}".strip(), heads, rows))
     if counted := [row for row in report["rows"] if row["wins"]]:
         shown = [name for name in names if any(name in row["wins"] for row in counted)]
         rows = [(row["label"], *(cell for name in shown for cell in _won(row["wins"].get(name)))) for row in counted]
@@ -150,6 +231,11 @@ def seed_by_seed(report: Mapping[str, Any]) -> list[Table]:
     return [Table("Seed by seed", note, ("model", *heads), rows)]
 
 
+def _difference(block: Mapping[str, Any] | None, with_p: bool) -> tuple[str, ...]:
+    cells = ("", "") if block is None else (delta(block), p_value(block))
+    return cells if with_p else cells[:1]
+
+
 def _said(block: Mapping[str, Any] | None) -> str:
     if block is None:
         return ""
@@ -162,10 +248,12 @@ def in_light(report: Mapping[str, Any]) -> list[Table]:
     tables, told = [], [row for row in report["rows"] if row["teacher"]]
     if told:
         blocks = [{**({"cosine of paired features": row["teacher"]["cos"]} if row["teacher"]["cos"] else {}),
+                   **({"LPIPS of paired pictures": row["teacher"]["lpips"]} if row["teacher"].get("lpips") else {}),
                    **{f"{name}, share of the teacher's": block for name, block in row["teacher"]["ratio"].items()},
                    **{f"drift in {name}": block for name, block in row["teacher"]["drift"].items()}} for row in told]
-        note = ("Same noise, same prompts. Contrast, saturation, sharpness, spread and latent_std are over the teacher's (1 is the "
-                "teacher's), the other drifts less the teacher's (0 is), of the first pictures of both.")
+        note = ("Same noise, same prompts; LPIPS is 0 for the teacher's own pictures. Contrast (of red, green and blue, too), saturation, "
+                "sharpness, spread and latent_std are over the teacher's (1 is the teacher's), the other drifts less the teacher's (0 is), "
+                "of the first pictures of both.")
         names = list(dict.fromkeys(name for block in blocks for name in block))
         rows = [(name, *(number(block[name]["value"], block[name]["se"]) if name in block else "" for block in blocks)) for name in names]
         tables.append(Table("In the light of the teacher", note, ("", *(row["label"] for row in told)), rows))
@@ -177,11 +265,18 @@ def in_light(report: Mapping[str, Any]) -> list[Table]:
         tables.append(Table("Outside judges", note, ("", *(row["label"] for row in judged)), rows))
     if learnt := [row for row in report["rows"] if row["memory"]]:
         note = ("Share of the pictures that lie nearer to a training picture than all but 1 % of those lie to each other, the same of "
-                "held-out real pictures, and the difference: 0 where nothing was learnt by heart.")
-        rows = [(row["label"], *(number(row["memory"][key]["value"], row["memory"][key]["se"]) for key in ("share", "held_out", "excess")))
-                for row in learnt]
-        tables.append(Table("Nearest training pictures", note, ("model", "generated", "held-out", "difference"), rows))
+                "held-out real pictures, and the difference: 0 where nothing was learnt by heart. Searched: the training pictures whose "
+                "features the reference keeps, and no others. Suspects: generated picture and nearest training picture, closest first.")
+        rows = [(row["label"], *(number(row["memory"][key]["value"], row["memory"][key]["se"]) for key in ("share", "held_out", "excess")),
+                 f"{row['memory']['train']:,}", _suspects(row["memory"]["suspects"])) for row in learnt]
+        heads = ("model", "generated", "held-out", "difference", "searched", "suspects")
+        tables.append(Table("Nearest training pictures", note, heads, rows))
     return tables
+
+
+def _suspects(found: Sequence[Sequence[Any]]) -> str:
+    """The first few, by the name of the training picture or, where the result has none, by its row in the reference."""
+    return ", ".join(f"{row} → {name[0] if name and name[0] else f'row {near}'}" for row, near, _, *name in found[:SUSPECTS])
 
 
 def _won(block: Mapping[str, Any] | None) -> tuple[str, str, str]:
@@ -195,39 +290,92 @@ def _won(block: Mapping[str, Any] | None) -> tuple[str, str, str]:
 
 
 def by_class(report: Mapping[str, Any]) -> list[Table]:
-    """Accuracy and distance of every class, for the rows that kept their features."""
-    names, real = report["classes"]["names"], report["classes"]["real_distance"]
-    kinds = {
-        "accuracy": ("Accuracy by class", "Share of the class's pictures that the classifier takes for it, ± one standard error."),
-        "distance": ("Distance by class", "Squared distance between the mean features of the class's pictures and of real test pictures, "
-                     "± one standard error. Real: the same of real training pictures."),
-    }
+    """What is told of every class, for the rows that kept it; of many classes the best and the worst."""
+    names, real, tables = report["classes"]["names"], report["classes"]["real_distance"], []
+    told = [(row["label"], row["classes"]) for row in report["rows"] if row["classes"]]
+    for kind in dict.fromkeys(kind for _, classes in told for kind in classes):
+        shown = [(label, classes[kind]) for label, classes in told if kind in classes]
+        values, better = torch.tensor([block["value"] for _, block in shown]), "↓" if kind == "distance" else arrow(kind)
+        chosen = list(range(values.shape[1])) if few_classes(names) else breakdown.extremes(values, better == "↑")
+        last = {c: (f"{real[c]:.3g}",) if kind == "distance" else () for c in chosen}
+        note = DISTANCES if kind == "distance" else "± one standard error." if shown[0][1]["se"] else "Of all pictures of a class together."
+        between = _between(values.shape[1], chosen)
+        for some, title in _abreast(shown, "Distance by class" if kind == "distance" else f"{kind} by class"):
+            rows = [(names[c], *(_of_class(block, c) for _, block in some), *last[c]) for c in chosen]
+            heads = ("class", *(label for label, _ in some), *(("real",) if kind == "distance" else ()))
+            tables.append(Table(title, "" if title.endswith("continued") else f"{note} {between}".strip(), heads, rows))
+    return tables + by_prompt(report) + by_group(report)
+
+
+def few_classes(names: Sequence[str]) -> bool:
+    """Whether there are so few that all are shown."""
+    return len(names) <= 2 * breakdown.EACH
+
+
+def _between(count: int, chosen: Sequence[int]) -> str:
+    """What stands in a table of the best and the worst; nothing where all stand in it."""
+    some = breakdown.EACH
+    return "" if len(chosen) == count else f"The {some} best and the {some} worst of {count:,}, best first, by the mean of all models."
+
+
+def _of_class(block: Mapping[str, Any], c: int) -> str:
+    return number(block["value"][c], block["se"][c]) if block["se"] else f"{block['value'][c]:#.4g}"
+
+
+def _abreast(shown: Sequence[T], title: str) -> list[tuple[Sequence[T], str]]:
+    """So many models as a table holds, and its title."""
+    return [(shown[start : start + ABREAST], f"{title}, continued" if start else title) for start in range(0, len(shown), ABREAST)]
+
+
+def by_prompt(report: Mapping[str, Any]) -> list[Table]:
+    """The best and the worst prompts of every measure that has a value for each prompt, for the rows that kept them."""
     tables = []
-    for kind, (name, note) in kinds.items():
-        if shown := [row for row in report["rows"] if kind in (row["classes"] or {})]:
-            last = [(f"{value:.3g}",) if kind == "distance" else () for value in real]
-            for start in range(0, len(shown), ABREAST):
-                some = shown[start : start + ABREAST]
-                rows = [(label, *(number(row["classes"][kind]["value"][c], row["classes"][kind]["se"][c]) for row in some), *last[c])
-                        for c, label in enumerate(names)]
-                heads = ("class", *(row["label"] for row in some), *(("real",) if kind == "distance" else ()))
-                tables.append(Table(f"{name}, continued" if start else name, "" if start else note, heads, rows))
-    return tables + by_group(report)
+    for name, found in report["prompts"]["extremes"].items():
+        shown = [(row["label"], values) for row, values in zip(report["rows"], found["values"], strict=True) if values]
+        note = _between(found["count"], found["chosen"]) or "Best first, by the mean of all models."
+        for some, title in _abreast(shown, f"{name} by prompt"):
+            rows = [(text, *(f"{values[i]:#.4g}" for _, values in some)) for i, text in enumerate(found["texts"])]
+            tables.append(Table(title, "" if title.endswith("continued") else note, ("prompt", *(label for label, _ in some)), rows))
+    return tables
 
 
 def by_group(report: Mapping[str, Any]) -> list[Table]:
     """What the prompts of each group got, of a protocol that has groups."""
     told, tables = [row for row in report["rows"] if row["groups"]], []
     for name in dict.fromkeys(name for row in told for name in row["groups"]):
-        shown = [row for row in told if name in row["groups"]]
-        groups = list(dict.fromkeys(group for row in shown for group in row["groups"][name]))
-        for start in range(0, len(shown), ABREAST):
-            some = [(row["label"], row["groups"][name]) for row in shown[start : start + ABREAST]]
+        shown = [(row["label"], row["groups"][name]) for row in told if name in row["groups"]]
+        groups = list(dict.fromkeys(group for _, found in shown for group in found))
+        for some, title in _abreast(shown, f"{name} by group"):
             rows = [(group, *(number(found[group]["value"], found[group]["se"]) if group in found else "" for _, found in some))
                     for group in groups]
-            tables.append(Table(f"{name} by group{', continued' if start else ''}", "" if start else "± one standard error over prompts.",
+            tables.append(Table(title, "" if title.endswith("continued") else "± one standard error over prompts.",
                                 ("group", *(label for label, _ in some)), rows))
     return tables
+
+
+def made(report: Mapping[str, Any]) -> Table:
+    """Where each row came from, and the fields of the environment that differ."""
+    differing = report["environment"]["differing"]
+    rows = [(row["label"], (row["weights"] or "")[:12], row["trained"] or "", _times(row["times"]), row["started"][:16].replace("T", " "),
+             *(values[i][:12] if field == "commit" else values[i] for field, values in differing.items()))
+            for i, row in enumerate(report["rows"])]
+    return Table("Row by row", "≠ marks what is not the same in all rows." if differing else "",
+                 ("model", "weights", "trained by", "times", "scored", *(f"≠ {field}" for field in differing)), rows)
+
+
+def _times(times: Sequence[float]) -> str:
+    """The first and the last where they are many, on one line; report.json has all."""
+    told = [f"{t:.3g}" for t in times]
+    return ",\u00a0".join(told if len(told) <= TIMES else [*told[: TIMES - 1], "…", told[-1]])
+
+
+def _environment(report: Mapping[str, Any]) -> list[str]:
+    """What the rows share and what they do not, and the commands that make them again, in Markdown."""
+    table = made(report)
+    return ["", "## Environment", "", "The same for every row:", "",
+            *(f"- {field}: {value}" for field, value in report["environment"]["same"].items()), "",
+            *([table.note, ""] if table.note else []), *_lines(table), "", "## How to repeat it", "", "```",
+            *(command for row in report["rows"] for command in row["commands"]), "```"]
 
 
 def _lines(table: Table) -> list[str]:
@@ -248,7 +396,8 @@ def _health(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def markdown(report: Mapping[str, Any], with_samples: bool) -> str:
-    """What was measured, the table, the students in words, the differences, the classes, the health of the runs, the pictures."""
+    """What was measured, the table, the students in words, the differences, the classes or prompts, the health of the runs, the
+    pictures, the environment."""
     table = scores(report)
     lines = [f"# {title(report)}", "", *([f"**{warning(report)}**", ""] if warning(report) else [])]
     several = len(report["seeds"]) > 1
@@ -258,10 +407,13 @@ def markdown(report: Mapping[str, Any], with_samples: bool) -> str:
     lines += ["", *(f"- `{name}`: {words}" for name, words in glossary(report).items())]
     if judged := [row for row in report["rows"] if row["verdict"]]:
         lines += ["", "## In words", "", *(f"- {row['label']}: {row['verdict']['text']}" for row in judged)]
-    for table in (*paired(report), *by_class(report)):
+    for table in (*without_bias(report), *paired(report), *by_class(report)):
         lines += ["", f"## {table.title}", *(["", table.note] if table.note else []), "", *_lines(table)]
     lines += _health(report["runs"])
     if any(row["nfe"] for row in report["rows"]):
         lines += ["", f"![{next(iter(report['rows'][0]['metrics']))} against network evaluations](quality_vs_nfe.png)"]
+    if any(row["ms_per_image"] for row in report["rows"]):
+        lines += ["", f"![{next(iter(report['rows'][0]['metrics']))} against milliseconds](quality_vs_ms.png)"]
     lines += ["", "![samples of every model from the same seeds](samples.png)"] if with_samples else []
+    lines += _environment(report)
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.eval import alignment, drifts, measures, metrics, score
+from stepdistill.eval import alignment, diversity, drifts, measures, metrics, score
 from stepdistill.eval.measures import KINDS
 from stepdistill.eval.protocol import Protocol, told_apart
 
@@ -33,22 +33,24 @@ def made_beside(result: Path) -> Path:
 
 @dataclass(frozen=True)
 class Light:
-    """A teacher's result under a protocol, with what was kept beside it."""
+    """A teacher's result under a protocol, with what was kept beside it, and LPIPS where it can be had here."""
 
     path: Path
     result: Mapping[str, Any]
     protocol: Protocol
     kept: Mapping[str, Tensor] | None
     pictures: Tensor | None
+    distance: diversity.Distance | None = None
 
     @classmethod
-    def of(cls, path: Path, protocol: Protocol) -> Light:
+    def of(cls, path: Path, protocol: Protocol, device: torch.device | str = "cpu") -> Light:
         """Raises FileNotFoundError or ValueError where it is no result, or one of another protocol, naming the fields that differ."""
         result = score.read_result(path)
         if result["protocol_hash"] != protocol.hash:
             told = told_apart(result["protocol"], protocol)
             raise ValueError(f"{path} was scored under another protocol ({told}): score both under one")
-        return cls(path, result, protocol, score.read_features(path, result), score.read_samples(score.samples_path(path), result))
+        return cls(path, result, protocol, score.read_features(path, result), score.read_samples(score.samples_path(path), result),
+                   diversity.spare_lpips(device))
 
     def paired(self, scored: score.Scored) -> dict[str, Any]:
         """The block `paired` of a student's result: by the digest of the teacher's weights, its differences to the teacher, by metric, of
@@ -65,10 +67,11 @@ class Light:
         return {str(self.result["model"].get("sha256")): found}
 
     def beside(self, scored: score.Scored, first: Tensor, encode: Callable[[Tensor], Tensor | None] | None = None) -> dict[str, Any]:
-        """The block `teacher` of a student's result: the teacher's own metrics; `cos`, of paired features; `ratio` of what is told per
-        prompt; `drift`, of the first pictures (n, C, H, W) of both, and of their latents where `encode` makes some of uint8 pictures."""
+        """The block `teacher` of a student's result: the teacher's own metrics; `cos`, of paired features; `lpips`, of the first pictures
+        (n, C, H, W) of both, pair by pair; `ratio` of what is told per prompt; `drift`, of the same pictures, and of their latents where
+        `encode` makes some of uint8 pictures. What cannot be told is None or left out."""
         block: dict[str, Any] = {"result": self.path.name, "name": self.result["model"]["name"], "metrics": self.result["metrics"],
-                                 "cos": None, "ratio": {}, "drift": {}}
+                                 "cos": None, "lpips": None, "ratio": {}, "drift": {}}
         if self.kept is not None:
             block["cos"] = alignment.cos_teacher(scored.features, self.kept["features"]).to_dict()
             for name, measure in self.protocol.plan.items():
@@ -76,6 +79,8 @@ class Light:
                 if KINDS[measure.kind].unit == "prompt" and mine is not None and its is not None:
                     block["ratio"][name] = metrics.bootstrap_ratio(mine, its).to_dict()
         if self.pictures is not None and self.pictures.shape == first.shape and len(first) >= 2 * metrics.FEWEST:
+            if self.distance is not None and first.shape[1] in (1, 3) and min(first.shape[2:]) >= diversity.LEAST:
+                block["lpips"] = metrics.mean_estimate(diversity.paired_lpips(first, self.pictures, self.distance)).to_dict()
             labels, sets = torch.arange(len(first)) % self.protocol.turns, min(GROUPS, len(first) // 2)
             member = labels % sets if self.protocol.turns >= sets else torch.arange(len(first)) % sets
             found = drifts.drift_estimates(first, self.pictures, labels, member)

@@ -7,9 +7,11 @@ model to model, shapes hardly do. The thresholds stand in `Limits`, with what he
 from __future__ import annotations
 
 import json
+import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ class Limits:
     gap: float = 1.3                                     # last eighth over the smallest of the second half; healthy: 1.1
     denoise: float = 1.15                                # the same; healthy: 1.08
     kept: float = 0.8                                    # last eighth of the gap over the first two; healthy from the teacher on: 0.6
-    wide: float = 0.4                                    # last eighth of the gap over that of x0_std; healthy: 0.3
+    wide: float = 0.8                                    # last eighth of the gap over that of x0_std; healthy: 0.6, climbing: 2.4
     accuracy: float = 0.95                               # of the discriminator, through the second half
     contrast: float = 1.2                                # of the student's pictures over the teacher's
     saturation: float = 1.2
@@ -45,6 +47,9 @@ class Limits:
     sharpness: float = 0.5
     grid: float = 1.5                                    # ln of power at a patch's or stride's period, more than the teacher's
     distance: float = 0.02                               # last eighth over the largest
+    flat: float = 0.3                                    # contrast and spread, both, of pictures that show nothing; healthy: 0.7
+    exam: float = 4.0                                    # standard errors of the difference, from the best exam to the last
+    travelled: float = 0.01                              # sizes of all updates together, over that of the weights: hardly moved
 
 
 LIMITS = Limits()
@@ -83,6 +88,15 @@ class Case:
     skipped: int = 0
     updates: int = 0
     limits: Limits = LIMITS
+    phase: str = ""                                      # " of phase 2", where these are its curves
+
+    def phases(self) -> Sequence[Case]:
+        """Itself; or of a method that has scores for each phase one case a phase, to which `score_gap_2` is the gap of the scores."""
+        apart = [(name, found) for name in self.curves if (found := re.fullmatch(r"(.+/(?:score_gap|denoise))_(\d+)", name))]
+        numbers = sorted({int(found[2]) for _, found in apart})
+        return [replace(self, phase=f" of phase {number}",
+                        curves={**self.curves, **{found[1]: self.curves[name] for name, found in apart if int(found[2]) == number}})
+                for number in numbers] or [self]
 
     def eighths(self, name: str) -> list[float] | None:
         """Medians over eighths of a curve; None where it is missing or short."""
@@ -96,6 +110,11 @@ class Case:
         """The mean of the last two values: of a look, which there are few of."""
         values = self.curves.get(name, ())
         return statistics.fmean(values[-2:]) if values else None
+
+    def travelled(self) -> float:
+        """How far the student's weights have come at most, over their size; inf where the log has no sizes of updates."""
+        sizes = self.curves.get("update/student")
+        return self.updates * statistics.fmean(sizes) if sizes else math.inf
 
     def guidance(self) -> str:
         return "" if self.recipe is None else f" (it is {self.recipe.guidance:g})"
@@ -154,7 +173,8 @@ def judge(case: Case) -> list[Finding]:
     """Every illness that a rule sees, the gravest first; where a run diverges, what follows from that is left out."""
     if (worst := diverging(case)) is not None:
         return [worst]
-    return [finding for rule in RULES if (finding := rule(case)) is not None]
+    phases = case.phases()
+    return [finding for rule in RULES if (finding := next(filter(None, map(rule, phases)), None)) is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- rules
@@ -186,14 +206,14 @@ def diverging(case: Case) -> Finding | None:
 def wrong_sign(case: Case) -> Finding | None:
     """The student comes no nearer to the teacher, though the fake score knows it well."""
     gap, denoise, std = (case.eighths(name) for name in ("student/score_gap", "critic/denoise", "student/x0_std"))
-    if not gap or not denoise or not std or _risen(denoise) > case.limits.denoise:
+    if not gap or not denoise or not std or _risen(denoise) > case.limits.denoise or case.travelled() < case.limits.travelled:
         return None
     if gap[-1] > case.limits.kept * max(gap[:2]) and gap[-1] > case.limits.wide * std[-1]:
-        return Finding("wrong sign of the gradient", f"the gap of the scores was {gap[0]:.3g} and is {gap[-1]:.3g}, "
+        return Finding("wrong sign of the gradient", f"the gap of the scores{case.phase} was {gap[0]:.3g} and is {gap[-1]:.3g}, "
                        f"{gap[-1] / std[-1]:.1f} times the deviation of the samples, while the fake score followed them (its loss "
                        f"{denoise[0]:.3g}, now {denoise[-1]:.3g})",
                        "a student of distribution matching descends fake - teacher: check the sign in a loss of your own, and that "
-                       "teacher and fake are not exchanged; with the signs right, its rate is too low to move it")
+                       "teacher and fake are not exchanged; with the signs right, its rate is too low")
     return None
 
 
@@ -203,22 +223,22 @@ def lagging(case: Case) -> Finding | None:
     gap, denoise = (found and _risen(found[EIGHTHS // 2 :]) for found in both)                    # at first both rise: samples get variety
     if gap and denoise and gap > case.limits.gap and denoise > case.limits.denoise:
         now = "" if case.recipe is None else f" (it is {case.recipe.method.get('fake_updates', 1)})"
-        return Finding("fake score lagging", f"in the second half the gap of the scores rose {gap:.1f}-fold from its smallest, the loss "
-                       f"of the fake score {denoise:.2f}-fold", f"raise method.fake_updates{now} or the fake score's rate, lower the "
-                       "student's")
+        return Finding("fake score lagging", f"in the second half the gap of the scores{case.phase} rose {gap:.1f}-fold from its smallest, "
+                       f"the loss of the fake score {denoise:.2f}-fold", f"raise method.fake_updates{now} or the fake score's rate, lower "
+                       "the student's")
     return None
 
 
 def unstable(case: Case) -> Finding | None:
     """The scores come apart at once: one of them was thrown off."""
-    if lagging(case):
+    if any(map(lagging, case.phases())):
         return None                                                           # so they do, and go on to
     gap = case.curves.get("student/score_gap", ())
     for i in range(BEFORE, len(gap) - 1):
         usual, now = statistics.median(gap[i - BEFORE : i]), min(gap[i : i + 2])               # two lines, not one odd batch
         if now > case.limits.jump * usual:
-            return Finding("instability", f"the gap of the scores was {usual:.3g} and jumped to {max(gap[i:]):.3g}, "
-                           f"{i / len(gap):.0%} into the run", "lower the rates, the fake score's first (an adapter bears less), "
+            return Finding("instability", f"the gap of the scores{case.phase} was {usual:.3g} and jumped to {max(gap[i:]):.3g}, "
+                           f"after {i / len(gap):.0%} of its lines", "lower the rates, the fake score's first (an adapter bears less), "
                            "or optim.*.clip; train again from before the jump: variety that is lost in one seldom comes back")
     return None
 
@@ -272,6 +292,16 @@ def collapsed(case: Case) -> Finding | None:
                    "(target_decay), and begin at the teacher's weights")
 
 
+def flat(case: Case) -> Finding | None:
+    """Pictures of one colour, whatever is asked for."""
+    contrast, spread = case.last("look/contrast"), case.last("look/spread")
+    if contrast is None or spread is None or max(contrast, spread) > case.limits.flat or stuck(case) or collapsed(case):
+        return None
+    return Finding("collapsed student", f"its pictures have {contrast:.2f} of the contrast of the teacher's and vary {spread:.2f} times as "
+                   "much within a class or prompt", "lower the student's rate and go on from a checkpoint before it began; in distribution "
+                   "matching raise method.fake_updates; where pictures were never more than that, train longer or with more steps")
+
+
 def gridded(case: Case) -> Finding | None:
     """Power at the period of patches or strides."""
     grid = case.last("look/grid")
@@ -281,8 +311,23 @@ def gridded(case: Case) -> Finding | None:
     return None
 
 
+def past_its_best(case: Case) -> Finding | None:
+    """A last exam that is worse than the best one, by more than chance allows; in the measure that chooses the best checkpoint."""
+    chosen = "" if case.recipe is None else case.recipe.exam.best
+    for name in sorted(name for name in case.curves if name.startswith(f"exam/{chosen}") and f"{name}_se" in case.curves):
+        marks, errors = case.curves[name], case.curves[f"{name}_se"]
+        best = min(range(len(marks)), key=marks.__getitem__)
+        worse, error = marks[-1] - marks[best], math.hypot(errors[best], errors[-1])
+        if worse > case.limits.exam * error:
+            average = "" if f"exam_raw/{name[5:]}" in case.curves else " and keep an average of the weights (ema_decay), which jumps less"
+            return Finding("past its best", f"{name} was {marks[best]:.3g} in exam {best + 1} of {len(marks)} and is {marks[-1]:.3g} in "
+                           f"the last, {worse / max(error, 1e-12):.0f} standard errors more", "export the best checkpoint, with "
+                           f"`stepdistill export --best`; to train on, lower the rates{average}")
+    return None
+
+
 RULES: tuple[Callable[[Case], Finding | None], ...] = (stuck, wrong_sign, lagging, unstable, saturated_discriminator, collapsed,
-                                                       oversaturated, mode_loss, gridded)
+                                                       flat, oversaturated, mode_loss, gridded, past_its_best)
 
 
 def _risen(found: Sequence[float]) -> float:

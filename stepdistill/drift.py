@@ -1,4 +1,4 @@
-"""What can be counted on pictures alone: brightness, contrast, saturation, clipping, sharpness, grids, variety.
+"""What can be counted on pictures alone: brightness, contrast, colours, saturation, clipping, sharpness, grids, variety.
 
 Free beside any distance, and early: over-saturation, grey wash, oil-paint texture, grids and lost modes show here long before a Frechet
 distance notices. Only the comparison with a teacher's pictures of the same conditions says anything.
@@ -14,12 +14,14 @@ from torch.nn import functional
 
 PERIODS, REPEATS = (2, 4, 8, 16), 4                      # of patches and of the strides of autoencoders, in pixels; the fewest in a picture
 COARSE = 8                                               # variety is looked for in pictures of this size
+COLOURS = ("red", "green", "blue")
 
 
 def drift(pictures: Tensor, labels: Tensor) -> dict[str, float]:
     """Of uint8 pictures (N, C, H, W), each of the class or prompt labels (N,).
 
     brightness, contrast  mean and standard deviation of all values, in [0, 1]
+    red, red_contrast     the same of one channel, likewise of green and blue, of pictures of three: a colour cast shows here alone
     saturation            mean of (largest - smallest) / largest over the channels; 0 for grey
     clipped               share of values that are 0 or 255
     sharpness             root mean square of the Laplacian of the grey picture, in [0, 1] units
@@ -31,7 +33,10 @@ def drift(pictures: Tensor, labels: Tensor) -> dict[str, float]:
                          f"{len(labels)} labels")
     x = pictures.float() / 255
     top = x.amax(1)
+    colours = dict(zip(COLOURS, x.unbind(1), strict=True)) if x.shape[1] == len(COLOURS) else {}
     return {"brightness": float(x.mean()), "contrast": float(x.std(correction=0)),
+            **{name: float(channel.mean()) for name, channel in colours.items()},
+            **{f"{name}_contrast": float(channel.std(correction=0)) for name, channel in colours.items()},
             "saturation": float(((top - x.amin(1)) / top.clamp_min(1 / 255)).mean()),
             "clipped": float(((pictures == 0) | (pictures == 255)).float().mean()),
             "sharpness": float(_laplacian(x.mean(1, keepdim=True)).square().mean().sqrt()),
@@ -77,11 +82,15 @@ def spread(x: Tensor, labels: Tensor) -> float:
     return (squares / freedom) ** 0.5 if freedom else float("nan")
 
 
-RATIOS = ("contrast", "saturation", "sharpness", "spread")
+RATIOS = ("contrast", *(f"{name}_contrast" for name in COLOURS), "saturation", "sharpness", "spread")
 
 
 def against(student: dict[str, float], teacher: dict[str, float]) -> dict[str, float]:
-    """Ratios of contrast, saturation, sharpness and spread (1 is the teacher's), differences of the others; without what has no number."""
-    ratios = {name: student[name] / teacher[name] for name in RATIOS if teacher[name] > 0}
-    others = {name: student[name] - teacher[name] for name in student if name not in RATIOS}
+    """Ratios of contrast, saturation, sharpness and spread (1 is the teacher's), differences of the others; without what has no number.
+
+    What only one of them has is left out: a teacher's numbers may have been kept by a run from before there were so many.
+    """
+    both = [name for name in student if name in teacher]
+    ratios = {name: student[name] / teacher[name] for name in both if name in RATIOS and teacher[name] > 0}
+    others = {name: student[name] - teacher[name] for name in both if name not in RATIOS}
     return {name: value for name, value in {**ratios, **others}.items() if math.isfinite(value)}

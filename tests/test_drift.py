@@ -42,6 +42,17 @@ def test_known_values():
     assert drift(stripes, none(stripes))["sharpness"] == pytest.approx(2.0)
 
 
+def test_channels_are_told_apart_and_a_teacher_of_before_has_none():
+    red = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    red[:, 0, ::2], red[:, 1, 8:] = 204, 102
+    found = drift(red, none(red))
+    assert [found[name] for name in ("red", "green", "blue")] == pytest.approx([0.4, 0.2, 0.0])
+    assert [found[f"{name}_contrast"] for name in ("red", "green", "blue")] == pytest.approx([0.4, 0.2, 0.0], abs=1e-6)
+    before = {name: value for name, value in found.items() if name.split("_")[0] not in ("red", "green", "blue")}
+    assert set(against(found, found)) - set(against(found, before)) == {"red", "green", "blue", "red_contrast", "green_contrast"}
+    assert set(drift(red[:, :1], none(red))) == set(before)
+
+
 def test_blur_and_wash_and_colour_move_their_own_number():
     clean = noise(channels=3)
     soft = torch.nn.functional.avg_pool2d(clean.float(), 3, 1, 1).to(torch.uint8)

@@ -19,7 +19,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from oracles import GaussianTeacher, MixtureTeacher, f64
 from torch import Tensor, nn
 
-from stepdistill.diagnose import case_of, judge
+from stepdistill.diagnose import LEAST, case_of, judge
 from stepdistill.diffusion.draws import Draws, Noise, key
 from stepdistill.diffusion.process import Flow, NoiseProcess
 from stepdistill.diffusion.sampler import sample
@@ -29,6 +29,7 @@ from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.roles import Role, Roles
+from stepdistill.models.variance import LogVariance
 from stepdistill.recipe import OptimRecipe
 from stepdistill.training.assemble import restarts_of, run_update, updates_of
 from stepdistill.training.log import Means
@@ -53,6 +54,11 @@ class Mlp(nn.Module):
         if self.embed is not None and class_labels is not None:
             h = h + self.embed(class_labels)
         return (self.leave(self.trunk(h[:, None]))[:, 0],)
+
+    @property
+    def proj_out(self) -> nn.Linear:
+        """The last layer by the name that diffusers gives it."""
+        return self.leave
 
 
 class ToldMlp(Mlp):
@@ -196,17 +202,19 @@ class ToyRoles(Roles):
 
 def toy_roles(needs: Mapping[str, Role], teacher: Denoiser, student: Denoiser, seed: int = 0, boundaries: Sequence[float] = (),
               judge: nn.Module | None = None) -> Roles:
-    """The roles of a method whose teacher is exact and whose other networks are copies of `student`, its judge this one."""
+    """The roles of a method whose teacher is exact and whose other networks are copies of `student`; `judge` looks at its pictures."""
     denoisers = {name: teacher if name == "teacher" else student.copy() if role.experts == 1 else student.divided(boundaries)
                  for name, role in needs.items() if role.source == "teacher"}
     heads = {}
     for name, role in needs.items():
-        if role.source == "head":
+        if role.source in ("head", "variance"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(key(seed, name))
                 x = torch.zeros(1, student.network.leave.out_features)
-                heads[name] = role.of, Discriminator(student(x, f64([0.5]), Conditioning(), tap=True).features)
-    judges = {name: judge for name, role in needs.items() if role.source == "judge" and judge is not None}
+                read = teacher if role.of == "teacher" and teacher.taps else student
+                heads[name] = role.of, (LogVariance() if role.source == "variance" else
+                                        Discriminator(read(x, f64([0.5]), Conditioning(), tap=True).features))
+    judges = {name: judge for name, role in needs.items() if role.source in ("judge", "features") and judge is not None}
     roles = ToyRoles(denoisers, heads, [name for name, role in needs.items() if role.trains], judges)
     roles.start = student.network
     return roles
@@ -227,7 +235,7 @@ def run_of(method: Method[Any], roles: Roles, draws: Callable[[int, int], Draws]
     return SimpleNamespace(recipe=SimpleNamespace(accumulate=1), roles=roles, method=method, batch=data,
                            teacher=SimpleNamespace(shape=method.setup.shape),
                            draws=lambda step, update, micro: draws(step, update),
-                           accelerator=SimpleNamespace(backward=lambda loss: loss.backward()))
+                           accelerator=SimpleNamespace(backward=lambda loss: loss.backward(), reduce=lambda sums, how: sums))
 
 
 def train(method: Method[Any], roles: Roles, optim: Mapping[str, OptimRecipe], steps: int, draws: Callable[[int, int], Draws],
@@ -235,10 +243,11 @@ def train(method: Method[Any], roles: Roles, optim: Mapping[str, OptimRecipe], s
           lines: list[dict[str, float]] | None = None) -> dict[str, int]:
     """The loop of the library without recipe, folder and accelerator. Returns how often each role moved.
 
-    `lines` takes what the log would hold, in 64 lines; without them a gradient that is not finite is an error.
+    `lines` takes what the log would hold, in 64 lines. Where they are not asked for, the run must be in good health: no gradient that is
+    not finite, and no illness in a log that is long enough to show one.
     """
+    seen: list[dict[str, float]] = [] if lines is None else lines
     run, every, means, unseen = run_of(method, roles, draws, data), max(1, steps // 64), Means(), set(roles.trains)
-    run.accelerator.reduce = lambda sums, how: sums
     stages, begins, skipped = [stage for stage in method.stages(steps) if stage.steps], 0, 0
     optimizers = Optimizers(roles, optim, {**dict.fromkeys(roles.trains, 0), **updates_of(method, steps)}, restarts_of(method, stages))
     for step in range(steps):
@@ -251,38 +260,37 @@ def train(method: Method[Any], roles: Roles, optim: Mapping[str, OptimRecipe], s
         batches: list[Any] = []
         for index, update in enumerate(method.plan(step)):
             batches, logs = run_update(run, step, index, update, batches)
-            norms, moved = optimizers.step(update.trains, unseen & set(update.trains) if lines is not None else ())
+            norms, changed = optimizers.step(update.trains, unseen & set(update.trains))
             assert lines is not None or all(math.isfinite(n) for n in norms.values()), f"step {step}: gradient norms {norms}"
             method.after_update(roles, update, optimizers.counts[update.trains[0]])
             unseen -= set(update.trains)
             if watch:
                 watch(step, update)
-            if lines is not None and all(math.isfinite(n) for n in norms.values()):
-                numbers = {**{f"grad/{n}": v for n, v in norms.items()}, **{f"moved/{n}": v for n, v in moved.items()}}
+            if all(math.isfinite(n) for n in norms.values()):
+                numbers = {**{f"grad/{n}": v for n, v in norms.items()}, **changed}
                 means.add({**logs, **{name: Mean.of(number, torch.device("cpu")) for name, number in numbers.items()}})
-            elif lines is not None:
+            else:
                 skipped += 1
-        if lines is not None and (step + 1) % every == 0:
+        if (step + 1) % every == 0:
             rates = {f"lr/{name}": rate for name, rate in optimizers.rates().items()}
-            lines.append({"step": step, **means.take(run), **rates, "skipped": skipped})
+            seen.append({"step": step, **means.take(run), **rates, "skipped": skipped})
             unseen = set(roles.trains)
+    if lines is None and len(seen) >= LEAST:
+        assert record("", type(method).__name__, [finding.illness for finding in judge(case_of(seen))]) == []
     return optimizers.counts
 
 
 def distil(method: Method[Any], teacher: MixtureTeacher, start: Denoiser, optim: dict[str, OptimRecipe], steps: int, batch: int,
-           seed: int = 0, lines: list[dict[str, float]] | None = None) -> Roles:
+           seed: int = 0, lines: list[dict[str, float]] | None = None, judge: nn.Module | None = None) -> Roles:
     """Train every role from `start` against the exact teacher, in good health where `lines` are not asked for."""
     needs, streams, dim = method.needs(method.cfg), method.data(method.cfg), teacher.means[0].numel()
-    roles = toy_roles(needs, Oracle(teacher).denoiser(), start, seed, method.sampler().boundaries)
+    roles = toy_roles(needs, Oracle(teacher).denoiser(), start, seed, method.sampler().boundaries, judge)
 
     def clean(noise: Noise) -> Tensor:
         return teacher.data(batch, torch.Generator().manual_seed(noise.seeds[0])).reshape(batch, dim).float()
 
-    seen: list[dict[str, float]] = [] if lines is None else lines
     train(method, roles, {name: optim[name] for name in roles.trains}, steps,
-          lambda step, update: FastDraws(seed, range(batch), step, update), lambda draws: toy_data(streams, draws, clean), lines=seen)
-    if lines is None:
-        assert record("", type(method).__name__, [finding.illness for finding in judge(case_of(seen))]) == []
+          lambda step, update: FastDraws(seed, range(batch), step, update), lambda draws: toy_data(streams, draws, clean), lines=lines)
     return roles
 
 

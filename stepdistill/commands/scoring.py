@@ -47,6 +47,7 @@ def evaluate(
     Several processes share the work: `torchrun --nproc-per-node 4 -m stepdistill eval MODEL --to FILE`. Further measures of a result are
     taken from the features that it kept: `stepdistill eval result.json --also density:dinov2-l14 --to more.json`.
     """
+    from stepdistill.eval import tables
     from stepdistill.eval.again import measure_again
     from stepdistill.eval.cards import Brought
     from stepdistill.eval.evaluate import evaluate as score
@@ -63,7 +64,8 @@ def evaluate(
                        call=call_keywords(call) or None, against=against, train=train, held_out=held_out)
     if int(os.environ.get("RANK", "0")) == 0:
         wide = max(20, *map(len, result["metrics"]))
-        lines = [f"{name:<{wide}}{m['value']:>10.4f} ± {m['se']:.4f}" for name, m in result["metrics"].items()]
+        lines = [f"{name:<{wide}}{m['value']:>10.4f} ± {m['se']:.4f}"
+                 + (f"    without bias {tables.unbiased(m)}" if tables.biased(m) else "") for name, m in result["metrics"].items()]
         show(result, as_json, "\n".join([*lines, f"written to {to}"]))
 
 
@@ -79,7 +81,8 @@ def protocols(as_json: Json = False) -> None:
 
 
 def reference(
-    source: Annotated[Path, typer.Argument(help="a folder of real pictures, or published statistics (.npz with mu and sigma)")],
+    source: Annotated[Path, typer.Argument(help="a folder of real pictures or of folders of them, or published statistics (.npz with "
+                                                  "mu and sigma)")],
     protocol: Annotated[str, typer.Option(help="for which protocol: its crop, size and extractors")],
     to: Annotated[Path | None, typer.Option(help="a .safetensors file; default: where `eval` looks for the protocol's own")] = None,
     set_from: Annotated[Path | None, typer.Option(help="another source for what kernel distances and neighbours look at")] = None,
@@ -184,12 +187,13 @@ def compare(
     run: Annotated[list[Path] | None, typer.Option(help="a run folder whose training curves are shown, too; may be repeated")] = None,
     seeds: Annotated[bool, typer.Option("--seeds", help="one row for a model's results of several seeds: mean and standard deviation over "
                                                         "them, and of three the least distance")] = False,
+    speed: Annotated[Path | None, typer.Option(help="a file of `stepdistill bench speed --to`, for the milliseconds")] = None,
     as_json: Json = False,
 ) -> None:
     """Put results of one protocol into a page: a table, picture grids, a quality-against-NFE plot, classes, and how to repeat it."""
     from stepdistill.eval.report import compare as write
 
-    report = write(results, to, run or (), seeds)
+    report = write(results, to, run or (), speed, seeds)
     show(report, as_json, f"report in {to / 'report.html'} and {to / 'report.md'}")
 
 

@@ -32,6 +32,18 @@ class Mean:
         return self.total / self.count
 
 
+def level(x0: Tensor) -> dict[str, Tensor | Mean]:
+    """Mean and standard deviation of all values of a student's samples x0 (B, ...)."""
+    values = x0.detach()
+    return {"x0_mean": values.mean(), "x0_std": values.std()}
+
+
+def accuracy(on_real: Tensor, on_generated: Tensor) -> dict[str, Tensor | Mean]:
+    """Share of a discriminator's logits (B,) with the right sign, + on real samples and - on the student's: of each, and their mean."""
+    real, generated = (on_real > 0).float().mean(), (on_generated < 0).float().mean()
+    return {"disc_accuracy": (real + generated) / 2, "disc_accuracy_real": real, "disc_accuracy_generated": generated}
+
+
 def score_gap(fake: Tensor, real: Tensor, s: Tensor) -> dict[str, Tensor | Mean]:
     """Root mean square of fake - real (both x0, (B, ...)), over all and as `score_gap_s25` for the samples with s (B,) in [0.25, 0.5).
 

@@ -30,6 +30,7 @@ from stepdistill.diffusion.sampler import SamplerSpec, data_call
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.adversarial import feature_r1, hinge_discriminator_loss, linear_generator_loss
 from stepdistill.losses.distance import l2
+from stepdistill.losses.reported import accuracy, level
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stream, Update
 from stepdistill.models.features import WORLD
 from stepdistill.models.roles import Role, Roles
@@ -83,7 +84,7 @@ class ADD(Method[ADDConfig]):
         x0 = data_call(m.student, self.sampler(), real.clean, real.cond, draws, (1.0,) * len(self.sampler().times)).x0
         batch.scratch["x0"] = x0.detach()
         fool = linear_generator_loss(m.disc(m.features(self.decode(x0))))
-        log = {"fool": fool, "x0_std": x0.detach().std()}
+        log = {"fool": fool, **level(x0)}
         if not cfg.distill_weight:
             return Loss(fool, log)
         t = cfg.times.sample(draws.each("t"))
@@ -101,8 +102,7 @@ class ADD(Method[ADDConfig]):
         features = [f.detach().requires_grad_(self.cfg.r1_weight > 0) for f in seen]
         on_fake, on_real = m.disc(features).chunk(2)
         judge = hinge_discriminator_loss(on_real, on_fake)
-        right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
-        log = {"judge": judge, "disc_accuracy": right}
+        log = {"judge": judge, **accuracy(on_real, on_fake)}
         if not self.cfg.r1_weight:
             return Loss(judge, log)
         r1 = feature_r1(on_real, features)

@@ -118,10 +118,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Loss:
-    """A scalar to descend (a mean over the samples of this batch) and what to log of it."""
+    """A scalar to descend (a mean over the samples of this batch) and what to log of it.
+
+    `measured` are means over the samples, too: `Method.learn` is given them for all samples of the update.
+    """
 
     value: Tensor
     log: Mapping[str, Tensor | Mean | float] = field(default_factory=dict)
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 ONE_STEP = SamplerSpec((1.0,))
@@ -195,6 +199,12 @@ class Method(ABC, Generic[C]):
     def loss(self, update: Update, m: Roles, batch: Batch, draws: Draws) -> Loss:
         """Dispatch to `<update.loss>_loss`."""
         return getattr(self, f"{update.loss}_loss")(m, batch, draws)
+
+    def learn(self, measured: Mapping[str, Tensor]) -> None:
+        """What the losses of one update measured, averaged over micro-batches and processes: for the updates after it.
+
+        It is called before the optimiser steps, so numbers may not be finite where the step is skipped.
+        """
 
     def after_update(self, m: Roles, update: Update, count: int) -> None:
         """Targets and curricula, after `count` optimiser steps of this update's first role."""

@@ -25,6 +25,7 @@ from stepdistill.diffusion.process import like
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import heun, jump
 from stepdistill.losses.distance import huber_or_l2
+from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stream, Update
 from stepdistill.models.roles import Role, Roles
 
@@ -80,7 +81,7 @@ class Consistency(Method[ConsistencyConfig]):
             target = torch.where(like(r == 0, x_r).bool(), x_r, target)
         f = m.student(x_t, t, cond).x0
         distance = huber_or_l2(f, target, cfg.huber).mean()
-        return Loss(distance, {"distance": distance, "x0_std": f.detach().std()})
+        return Loss(distance, {"distance": distance, **level(f)})
 
     def after_update(self, m: Roles, update: Update, count: int) -> None:
         if self.cfg.target == "ema":

@@ -15,6 +15,7 @@ from stepdistill.diffusion.process import NoiseProcess
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.adversarial import approximate_r1, discriminator_loss
 from stepdistill.losses.denoising import denoising_loss
+from stepdistill.losses.reported import accuracy
 from stepdistill.methods.base import Batch, Loss, Sample, Update
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Roles
@@ -96,5 +97,4 @@ def critic_loss(m: Roles, process: NoiseProcess, x0: Tensor, cond: Conditioning,
     if on_near:
         log["r1"] = approximate_r1(on_real, on_near[0])
         judge = judge + r1_weight * log["r1"]
-    right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
-    return Loss(denoise + disc_weight * judge, {**log, "disc_accuracy": right})
+    return Loss(denoise + disc_weight * judge, {**log, **accuracy(on_real, on_fake)})

@@ -26,7 +26,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, Step, one_call
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.matching import dmd_scale, matching_loss
-from stepdistill.losses.reported import score_gap
+from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Loss, Method, Update
 from stepdistill.methods.critic import alternating, check_critic, critic_loss, handed_on
 from stepdistill.models.roles import Role, Roles
@@ -76,7 +76,7 @@ class DecoupledDMD(Method[DecoupledDMDConfig]):
                 both = torch.cat([x_s, x_r]), torch.cat([s, r]), cond.cat(cond)
                 (real, real_r), (guided, guided_r) = (net(*both).x0.chunk(2) for net in (m.teacher.plain, m.teacher))
         dm = matching_loss(x0, toward=real, away_from=fake, scale=dmd_scale(x0.detach(), guided))
-        log = {"pull": dm, **score_gap(fake, real, s), "x0_std": x0.detach().std()}
+        log = {"pull": dm, **score_gap(fake, real, s), **level(x0)}
         if m.teacher.guidance == 1:
             return Loss(dm, log)
         ca = matching_loss(x0, toward=guided_r, away_from=real_r, scale=dmd_scale(x0.detach(), guided_r))

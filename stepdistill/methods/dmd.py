@@ -29,7 +29,7 @@ from stepdistill.diffusion.sampler import SamplerSpec, start, steps
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.distance import huber_or_l2
 from stepdistill.losses.matching import matching_loss
-from stepdistill.losses.reported import score_gap
+from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Conditions, Loss, Method, Pairs, Stream, Update
 from stepdistill.methods.critic import alternating, critic_loss
 from stepdistill.models.conditioning import Conditioning
@@ -99,7 +99,7 @@ class DMD(Method[DMDConfig]):
         with torch.no_grad():
             real, fake = m.teacher(x_s, s, cond).x0, m.fake(x_s, s, cond).x0
         pull = matching_loss(x0, toward=real, away_from=fake)
-        log = {"pull": pull, **score_gap(fake, real, s), "x0_std": x0.detach().std()}
+        log = {"pull": pull, **score_gap(fake, real, s), **level(x0)}
         if not cfg.reg_weight:
             return Loss(pull, log)
         y = batch["pairs"].clean

@@ -27,7 +27,7 @@ from stepdistill.diffusion.sampler import SamplerSpec, one_call
 from stepdistill.diffusion.times import Uniform, shift
 from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.matching import matching_loss
-from stepdistill.losses.reported import score_gap
+from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Stream, Update
 from stepdistill.methods.critic import Judge, alternating, check_critic, check_r1, critic_loss, handed_on
 from stepdistill.models.roles import Role, Roles
@@ -95,7 +95,7 @@ class DMD2(Method[DMD2Config]):
         with torch.set_grad_enabled(judge == "fake"):
             fake = m.fake(x_s, s, cond, tap=judge == "fake")
         pull = matching_loss(x0, toward=real.x0.detach(), away_from=self.away_from(fake.x0.detach(), x0.detach(), s))
-        log = {"pull": pull, **score_gap(fake.x0, real.x0, s), "x0_std": x0.detach().std()}
+        log = {"pull": pull, **score_gap(fake.x0, real.x0, s), **level(x0)}
         if judge is None:
             return Loss(pull, log)
         fool = generator_loss(m.disc((real if judge == "teacher" else fake).features))

@@ -33,7 +33,7 @@ from stepdistill.diffusion.solver import follow
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.denoising import denoising_loss
 from stepdistill.losses.matching import dmd_scale, matching_loss
-from stepdistill.losses.reported import score_gap
+from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Loss, Method, Update
 from stepdistill.methods.critic import alternating, check_critic, critic_loss, handed_on
 from stepdistill.models.conditioning import Conditioning
@@ -97,7 +97,7 @@ class DPDMD(Method[DPDMDConfig]):
             target = solve(self.process.alpha(t_a), self.process.sigma(t_a), first.pred.alpha, first.pred.sigma, first.pred.x_t, z_a)
         pull = matching_loss(x0, toward=real, away_from=fake, scale=dmd_scale(x_s, real))
         variety = denoising_loss(first.pred, *target, "flow").mean()
-        log = {"pull": pull, "variety": variety, **score_gap(fake, real, s), "x0_std": x0.detach().std()}
+        log = {"pull": pull, "variety": variety, **score_gap(fake, real, s), **level(x0)}
         return Loss(pull + cfg.weight * variety, log)
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:

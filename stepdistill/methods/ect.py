@@ -29,6 +29,7 @@ from stepdistill.diffusion.process import Karras, like
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.times import LogNormal
 from stepdistill.losses.distance import pseudo_huber_norm
+from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stream
 from stepdistill.models.roles import Role, Roles
 
@@ -101,4 +102,4 @@ class ECT(Method[ECTConfig]):
             target = torch.where(like(k_r == 0, target).bool(), x0.to(target), target)
         f = m.student(self.process.add_noise(x0, eps, t), t, cond).x0
         norm = pseudo_huber_norm(f, target, self.cfg.huber)
-        return Loss((norm / (k_t - k_r).to(norm)).mean(), {"distance": norm.mean(), "x0_std": f.detach().std()})
+        return Loss((norm / (k_t - k_r).to(norm)).mean(), {"distance": norm.mean(), **level(f)})

@@ -24,6 +24,7 @@ from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.times import Uniform
 from stepdistill.diffusion.weighting import truncated_snr
 from stepdistill.losses.distance import l2
+from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Images, Loss, Method, Stream
 from stepdistill.models.guidance import Band
 from stepdistill.models.roles import Role, Roles
@@ -61,4 +62,4 @@ class Guided(Method[GuidedConfig]):
         f = m.student(x_t, t, cond, w=w).x0
         error = l2(f, target)
         weight = truncated_snr(self.process.log_snr(t)).to(error)
-        return Loss((weight * error).mean(), {"error": error.mean(), "x0_std": f.detach().std()})
+        return Loss((weight * error).mean(), {"error": error.mean(), **level(f)})

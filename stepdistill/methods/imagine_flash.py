@@ -31,6 +31,7 @@ from stepdistill.diffusion.sampler import SamplerSpec, one_call
 from stepdistill.diffusion.solver import follow
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.distance import l2
+from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Loss, Method
 from stepdistill.models.roles import Role, Roles
 
@@ -74,4 +75,4 @@ class ImagineFlash(Method[ImagineFlashConfig]):
                 x_g = self.process.add_noise(x0, z, g)
             y = follow(lambda x, t: m.teacher(x, t, cond), x_g, g, torch.zeros_like(g), cfg.teacher_steps, self.process, cfg.solver)
         distance = l2(x0, y).mean()
-        return Loss(distance, {"distance": distance, "x0_std": x0.detach().std()})
+        return Loss(distance, {"distance": distance, **level(x0)})

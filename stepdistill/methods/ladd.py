@@ -30,6 +30,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, data_call
 from stepdistill.diffusion.times import LogitNormal
 from stepdistill.losses.adversarial import GAMES, approximate_r1
+from stepdistill.losses.reported import accuracy, level
 from stepdistill.methods.base import Batch, Images, Loss, Method, Stream, Update
 from stepdistill.methods.critic import alternating, check_r1, handed_on, nearby
 from stepdistill.models.conditioning import Conditioning
@@ -102,7 +103,7 @@ class LADD(Method[LADDConfig]):
         batch.scratch["x0"] = x0.detach()
         (logits,) = self.judged(m, [x0], batch["real"].cond, draws)
         fool = GAMES[self.cfg.game].generator(logits)
-        return Loss(fool, {"fool": fool, "x0_std": x0.detach().std()})
+        return Loss(fool, {"fool": fool, **level(x0)})
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cfg, real = self.cfg, batch["real"]
@@ -110,8 +111,7 @@ class LADD(Method[LADDConfig]):
         near = [nearby(real.clean, cfg.r1_sigma, draws)] if cfg.r1_weight else []
         on_fake, on_real, *on_near = self.judged(m, [x0, real.clean, *near], real.cond, draws)
         judge = GAMES[cfg.game].discriminator(on_real, on_fake)
-        right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
-        log = {"judge": judge, "disc_accuracy": right}
+        log = {"judge": judge, **accuracy(on_real, on_fake)}
         if not on_near:
             return Loss(judge, log)
         r1 = approximate_r1(on_real, on_near[0])

@@ -25,6 +25,7 @@ from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import neighbours
 from stepdistill.losses.distance import huber_or_l2
+from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Images, Loss, Method, Stream, Update
 from stepdistill.methods.pair import pair
 from stepdistill.models.guidance import Band
@@ -79,7 +80,7 @@ class LCM(Method[LCMConfig]):
                             guidance=cfg.guidance, tell=cfg.embed)
         f = jump(pred, self.process, clean)
         distance = huber_or_l2(f, target, cfg.huber).mean()
-        return Loss(distance, {"distance": distance, "x0_std": f.detach().std()})
+        return Loss(distance, {"distance": distance, **level(f)})
 
     def after_update(self, m: Roles, update: Update, count: int) -> None:
         if self.cfg.target == "ema":

@@ -33,6 +33,7 @@ from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import neighbours
 from stepdistill.losses.adversarial import approximate_r1, hinge_discriminator_loss, hinge_generator_loss
 from stepdistill.losses.distance import huber_or_l2
+from stepdistill.losses.reported import accuracy, level
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stream, Update
 from stepdistill.methods.critic import check_r1, dropped, nearby
 from stepdistill.methods.pair import pair
@@ -103,7 +104,7 @@ class PCM(Method[PCMConfig]):
         pred, q = pair(m, self.process, x0, cond, t, r, s, draws, target=m.student, guidance=cfg.guidance)
         p = jump(pred, self.process, s)
         distance = huber_or_l2(p, q, cfg.huber).mean()
-        log = {"distance": distance, "x0_std": pred.x0.detach().std()}
+        log = {"distance": distance, **level(pred.x0)}
         if not cfg.gan_weight:
             return Loss(distance, log)
         batch.scratch.update(p=p.detach(), q=q, s=s, upper=upper)
@@ -122,6 +123,5 @@ class PCM(Method[PCMConfig]):
             conds = reduce(Conditioning.cat, (cond for _ in x_g[1:]), cond)
             features = m.teacher.plain(torch.cat(x_g), torch.cat([g for _ in x_g]), conds, tap=True).features
         on_p, on_q, *on_near = m.disc(features).split(len(p))
-        right = ((on_q > 0).float().mean() + (on_p < 0).float().mean()) / 2
         r1 = cfg.r1_weight * approximate_r1(on_q, on_near[0]) if on_near else 0.0
-        return Loss(hinge_discriminator_loss(on_q, on_p) + r1, {"disc_accuracy": right})
+        return Loss(hinge_discriminator_loss(on_q, on_p) + r1, accuracy(on_q, on_p))

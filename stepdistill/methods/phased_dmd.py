@@ -34,6 +34,7 @@ from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.denoising import denoising_loss, subinterval_target
 from stepdistill.losses.matching import dmd_scale, matching_loss
+from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Loss, Method, Setup, Stage, Update
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
@@ -139,7 +140,7 @@ class PhasedDMD(Method[PhasedDMDConfig]):
             scale = kept * dmd_scale(step.x0, real)
         pull = matching_loss(x_s, toward=real, away_from=fake, scale=scale)
         gap = (fake - real).square().mean().sqrt()
-        return Loss(pull, {f"pull_{phase + 1}": pull, f"score_gap_{phase + 1}": gap, "x0_std": step.x0.detach().std()})
+        return Loss(pull, {f"pull_{phase + 1}": pull, f"score_gap_{phase + 1}": gap, **level(step.x0)})
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cond, phase = batch["main"].cond, self.phase(draws.step)

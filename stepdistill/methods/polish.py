@@ -28,6 +28,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, Step, one_call
 from stepdistill.diffusion.weighting import truncated_snr
 from stepdistill.losses.distance import l2
+from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Loss, Method, Stage
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
@@ -79,4 +80,4 @@ class Polish(Method[PolishConfig]):
         call = one_call(m.student, self.sampler(), cond, draws, self.setup.shape, grad=True)
         distance = l2(call.x0, self.target(m, call, cond, draws))
         weight = truncated_snr(self.process.log_snr(call.t)).to(distance)
-        return Loss((weight * distance).mean(), {"distance": distance.mean(), "x0_std": call.x0.detach().std()})
+        return Loss((weight * distance).mean(), {"distance": distance.mean(), **level(call.x0)})

@@ -32,6 +32,7 @@ from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.weighting import truncated_snr
 from stepdistill.losses.distance import l2
+from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stage, Stream
 from stepdistill.models.guidance import Band
 from stepdistill.models.roles import Role, Roles
@@ -112,4 +113,4 @@ class Progressive(Method[ProgressiveConfig]):
         f = m.student(x_t, t, cond, **told).x0
         error = l2(f, target)
         weight = truncated_snr(process.log_snr(t)).to(error)
-        return Loss((weight * error).mean(), {"error": error.mean(), "x0_std": f.detach().std()})
+        return Loss((weight * error).mean(), {"error": error.mean(), **level(f)})

@@ -30,7 +30,7 @@ from stepdistill.diffusion.sampler import SamplerSpec, call, start
 from stepdistill.diffusion.times import LogNormal, Uniform
 from stepdistill.losses.consistency import moved_by, normalised, trig_output
 from stepdistill.losses.matching import matching_loss
-from stepdistill.losses.reported import score_gap
+from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Images, Loss, Method, Stream, Update
 from stepdistill.methods.continuous import tangent
 from stepdistill.methods.critic import alternating, critic_loss, handed_on
@@ -109,7 +109,7 @@ class RCM(Method[RCMConfig]):
         with torch.no_grad():
             told, fake = m.teacher(x_s, s, cond).x0, m.fake(x_s, s, cond).x0
         pull = matching_loss(x0, toward=told, away_from=fake)
-        log = {"tangent": size.mean(), "pull": pull, **score_gap(fake, told, s), "x0_std": x0.detach().std()}
+        log = {"tangent": size.mean(), "pull": pull, **score_gap(fake, told, s), **level(x0)}
         return Loss(scm + cfg.dmd_weight * pull, log)
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:

@@ -2,7 +2,7 @@
 
     ln k ~ N(mean, std²),  k = sigma/alpha at t,  theta = atan(k/sd),  x_t = alpha_t·x0 + sigma_t·eps                  algorithm 1
     g = -cos²·(sd·F - dx/dtheta) - r·cos·sin·(x + sd·dF/dtheta),  r = min(1, update/warmup),  g <- g/(|g| + c)
-    student <- w·|F - stop(F) - g|²,   w = 1/(sd·tan(theta))
+    student <- exp(-v)·w·|F - stop(F) - g|² + v,   w = 1/(sd·tan(theta)),  v = a learned log-variance at k, or 0
 
 F is the student's output in TrigFlow, dx/dtheta = sd·F of the guided teacher (`velocity: data`: cos·sd·eps - sin·x0, consistency training
 without a teacher), dF/dtheta one forward-mode product along it. The value of the loss says nothing; `tangent`, |g| before it is normalised,
@@ -13,13 +13,15 @@ x, F and the angle are read off predictions (losses/consistency.py), exactly. Th
 teacher. The paper trains its teachers with a slow time embedding, SANA-Sprint tunes one in first; neither is done here, and a clock
 of 0..999 leaves dF/dtheta larger than it need be.
 
-Differs from the paper: |g| is the root mean square; the learned variance exp(-v(t)) is left out. As g is normalised its optimum is
-known: it takes w back, which is `weight: even`.
+Differs from the paper: |g| is the root mean square; v sees ln(k)/4, as in EDM2, begins at 0, and is off by default. As g is normalised
+its optimum is known, exp(v) = the mean of w·(|g|/(|g| + c))²: it takes w back, which is `weight: even`, and raises what c holds down where
+the tangent is small. On the two modes of the tests 800 updates of 256 leave an error of .18 without it (two seeds), .48 with even weights,
+and .23, .38 and .84 with it, by seed and by the rate of v.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,7 +29,8 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.times import LogNormal
 from stepdistill.losses.consistency import moved_by, normalised, trig_output
-from stepdistill.methods.base import Batch, Images, Loss, Method, Stream
+from stepdistill.losses.reported import level
+from stepdistill.methods.base import Batch, Images, Loss, Method, Stream, Update
 from stepdistill.methods.continuous import Velocity, tangent
 from stepdistill.models.roles import Role, Roles
 from stepdistill.models.tangent import Derivative
@@ -42,6 +45,7 @@ class SCMConfig:
     warmup: int = 10_000                            # updates until the tangent counts in full; 0: at once
     c: float = 0.1                                  # of the normalisation
     weight: Literal["tan", "even"] = "tan"          # w: 1/(sd·tan(theta)), or 1
+    adaptive_weight: bool = False                   # learn v, as the paper does; see above
     velocity: Velocity = "teacher"                  # whose dx/dtheta
     derivative: Derivative = "jvp"                  # difference: for networks without a forward mode
 
@@ -57,11 +61,15 @@ class SCM(Method[SCMConfig]):
     @classmethod
     def needs(cls, cfg: SCMConfig) -> Mapping[str, Role]:
         teacher = {"teacher": Role()} if cfg.velocity == "teacher" else {}
-        return {**teacher, "student": Role(trains=True)}
+        variance = {"variance": Role(source="variance", trains=True)} if cfg.adaptive_weight else {}
+        return {**teacher, "student": Role(trains=True), **variance}
 
     @classmethod
     def data(cls, cfg: SCMConfig) -> Mapping[str, Stream]:
         return {"real": Images()}
+
+    def plan(self, step: int) -> Sequence[Update]:
+        return (Update("student", ("student", "variance") if self.cfg.adaptive_weight else ("student",)),)
 
     def sampler(self) -> SamplerSpec:
         return replace(self.setup.sampler, renoise=1.0)
@@ -76,4 +84,8 @@ class SCM(Method[SCMConfig]):
         loss = moved_by(trig_output(pred, cfg.data_std), g)
         if cfg.weight == "tan":
             loss = loss * (pred.alpha / pred.sigma).to(loss)                # 1/(sd·tan(theta)) = 1/k
-        return Loss(loss.mean(), {"tangent": size.mean(), "x0_std": pred.x0.detach().std()})
+        log = {"tangent": size.mean(), **level(pred.x0)}
+        if not cfg.adaptive_weight:
+            return Loss(loss.mean(), log)
+        v = m.variance(pred.alpha, pred.sigma)
+        return Loss(((-v).exp() * loss + v).mean(), {**log, "log_variance": v.mean()})

@@ -30,7 +30,7 @@ from stepdistill.diffusion.sampler import SamplerSpec, one_call
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.matching import sid_loss
-from stepdistill.losses.reported import score_gap
+from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Stream, Update
 from stepdistill.methods.critic import check_critic, check_r1, critic_loss, dropped
 from stepdistill.models.conditioning import Conditioning
@@ -113,5 +113,5 @@ class SiD(Method[SiDConfig]):
             (through_teacher,) = torch.autograd.grad((teacher * at_real).sum(), leaf)
             carried = (x0 * (at_x0 + through_fake + through_teacher)).sum()
             loss = (sid + cfg.gan_weight * fool).detach() + carried - carried.detach()
-        log = {"sid": sid, **score_gap(fake.x0, real, s), "x0_std": x0.detach().std()}
+        log = {"sid": sid, **score_gap(fake.x0, real, s), **level(x0)}
         return Loss(loss, {**log, "fool": fool} if cfg.gan_weight else log)

@@ -24,6 +24,7 @@ from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import neighbours
 from stepdistill.losses.distance import huber_or_l2
+from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Images, Loss, Method, Stream, Update
 from stepdistill.methods.pair import pair
 from stepdistill.models.guidance import Band
@@ -75,7 +76,7 @@ class TCD(Method[TCDConfig]):
                             guidance=cfg.guidance)
         landing = jump(pred, self.process, s)
         distance = huber_or_l2(landing, target, cfg.huber).mean()
-        return Loss(distance, {"distance": distance, "x0_std": pred.x0.detach().std()})
+        return Loss(distance, {"distance": distance, **level(pred.x0)})
 
     def after_update(self, m: Roles, update: Update, count: int) -> None:
         if self.cfg.target == "ema":

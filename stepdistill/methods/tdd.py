@@ -31,6 +31,7 @@ from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.solver import jump
 from stepdistill.diffusion.times import neighbours, trailing
 from stepdistill.losses.distance import huber_or_l2
+from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stream
 from stepdistill.methods.critic import dropped
 from stepdistill.methods.pair import pair
@@ -100,4 +101,4 @@ class TDD(Method[TDDConfig]):
         pred, target = pair(m, self.process, x0, cond, t, r, s, draws, target=m.student)
         landing = jump(pred, self.process, s)
         distance = huber_or_l2(landing, target, cfg.huber).mean()
-        return Loss(distance, {"distance": distance, "x0_std": pred.x0.detach().std()})
+        return Loss(distance, {"distance": distance, **level(pred.x0)})

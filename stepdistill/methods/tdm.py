@@ -38,7 +38,7 @@ from stepdistill.diffusion.weighting import min_snr
 from stepdistill.losses.denoising import denoising_loss, subinterval_target
 from stepdistill.losses.distance import huber_or_l2
 from stepdistill.losses.matching import dmd_scale
-from stepdistill.losses.reported import score_gap
+from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Loss, Method, Update
 from stepdistill.methods.critic import check_critic
 from stepdistill.models.roles import Role, Roles
@@ -132,4 +132,4 @@ class TDM(Method[TDMConfig]):
             target = at.x0 + real - fake
         distance = huber_or_l2(at.x0, target, cfg.huber)
         pull = (distance * dmd_scale(at.x0.detach(), real)).mean()
-        return Loss(pull, {"pull": pull, **score_gap(fake, real, at.s), "x0_std": at.x0.detach().std()})
+        return Loss(pull, {"pull": pull, **score_gap(fake, real, at.s), **level(at.x0)})

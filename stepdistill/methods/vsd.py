@@ -10,7 +10,7 @@ from stepdistill.diffusion.process import NoiseProcess
 from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.denoising import scaled_eps_loss
 from stepdistill.losses.matching import matching_loss
-from stepdistill.losses.reported import score_gap
+from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Loss
 from stepdistill.methods.critic import critic_loss, dropped
 from stepdistill.models.conditioning import Conditioning
@@ -27,7 +27,7 @@ def vsd_loss(m: Roles, process: NoiseProcess, x0: Tensor, cond: Conditioning, ti
     with torch.no_grad():
         real, fake = m.teacher(x_s, s, cond, w=w).x0, m.fake(x_s, s, cond, w=w).x0
     pull = matching_loss(x0, toward=real, away_from=fake, scale=process.alpha(s) * process.sigma(s))
-    return Loss(pull, {"pull": pull, **score_gap(fake, real, s), "x0_std": x0.detach().std()})
+    return Loss(pull, {"pull": pull, **score_gap(fake, real, s), **level(x0)})
 
 
 def fake_loss(m: Roles, process: NoiseProcess, x0: Tensor, cond: Conditioning, times: Uniform, draws: Draws, dropout: float) -> Loss:

@@ -210,12 +210,25 @@ def default_taps(network: nn.Module) -> tuple[str, ...]:
     raise ValueError(f"{type(network).__name__} has neither a mid_block nor a stack of blocks: name the tapped modules in the recipe")
 
 
+LAST = ("conv_out", "proj_out_2", "proj_out")                           # what diffusers calls the last layer, the last of them first
+
+
+def last_layer(network: nn.Module) -> nn.Parameter:
+    """The weight of the last layer. ValueError where none is recognised, or where the network is compiled, which hides its layers."""
+    for name in LAST:
+        if isinstance(weight := getattr(getattr(network, name, None), "weight", None), nn.Parameter):
+            if network._compiled_call_impl is not None:
+                raise ValueError("the gradient of the last layer alone cannot be read of a compiled network: set compile: false")
+            return weight
+    raise ValueError(f"{type(network).__name__} has no last layer by the name of {', '.join(LAST)}, at whose weight to measure gradients")
+
+
 def keep_output_float32(network: nn.Module) -> nn.Module:
     """Run the last layer outside autocast: at alpha = 0.07 an eps output is multiplied by 15, and so is its rounding.
 
     Does nothing where no last layer is recognised or its weights are stored in half precision.
     """
-    for name in ("conv_out", "proj_out_2", "proj_out"):
+    for name in LAST:
         for plain, careful in ((nn.Conv2d, _Conv2d), (nn.Linear, _Linear)):
             if type(last := getattr(network, name, None)) is plain:
                 last.__class__ = careful                                 # not a hook: torch.compile cannot trace one that leaves autocast

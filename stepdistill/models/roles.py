@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from stepdistill.models.experts import Experts, serving
 from stepdistill.models.features import load_features
 from stepdistill.models.inputs import add_inputs
 from stepdistill.models.judges import load_judge
+from stepdistill.models.variance import LogVariance
 
 Example = Callable[[], tuple[Tensor, Tensor, Conditioning]]              # a tiny (x_t, t, cond) to measure features with
 
@@ -29,13 +31,14 @@ class Role:
     """One model of a method: does it train, and where does it come from.
 
     "teacher" is a copy of the teacher (the role named teacher is the teacher itself); "head" is a discriminator over the features of
-    the role `of`; "features" is a frozen network over pictures, `of` a world or a folder (models.features), and "judge" is one that
-    compares them with the teacher's labels (models.judges). With several `experts` it is a copy for each stretch of time between the
-    boundaries of the method's sampler. `inputs` ("s", "w") are what the copy is told besides its time (models.inputs).
+    the role `of`; "variance" is a log-variance of a loss at each time (models.variance); "features" is a frozen network over pictures,
+    `of` a world or a folder (models.features), and "judge" is one that compares them with the teacher's labels (models.judges). With
+    several `experts` it is a copy for each stretch of time between the boundaries of the method's sampler. `inputs` ("s", "w") are what
+    the copy is told besides its time (models.inputs).
     """
 
     trains: bool = False
-    source: Literal["teacher", "head", "features", "judge"] = "teacher"
+    source: Literal["teacher", "head", "variance", "features", "judge"] = "teacher"
     of: str | None = None
     experts: int = 1
     inputs: tuple[str, ...] = ()
@@ -52,14 +55,14 @@ class Roles:
     A role that is training goes through its distributed wrapper when gradients are on; every other call goes to the bare network.
     """
 
-    def __init__(self, denoisers: Mapping[str, Denoiser], heads: Mapping[str, tuple[str, nn.Module]], trains: Iterable[str],
+    def __init__(self, denoisers: Mapping[str, Denoiser], heads: Mapping[str, tuple[str | None, nn.Module]], trains: Iterable[str],
                  over_pictures: Mapping[str, nn.Module] | None = None):
-        """`heads` pairs each head with the role it reads; `over_pictures` are frozen networks: features and judges."""
+        """`heads` pairs each head with the role it reads, None where it reads times alone; `over_pictures` are frozen: features, judges."""
         self._denoisers, self._wrapped = dict(denoisers), dict[str, nn.Module]()
         self._adapters = {name: Adapter(d.network, d.adapter) for name, d in self._denoisers.items() if d.adapter is not None}
         self._heads = {name: head for name, (_, head) in heads.items()}
         self._over_pictures = dict(over_pictures or {})
-        self.heads = {name: of for name, (of, _) in heads.items()}
+        self.heads = {name: of for name, (of, _) in heads.items() if of is not None}
         self.trains, self._active = tuple(trains), tuple[str, ...]()
         for name in self.names:
             self.module(name).requires_grad_(False).eval()
@@ -102,13 +105,15 @@ class Roles:
         weight = next(teacher.network.parameters())
         place = weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
         features = {name: load_features(role.of).to(*place) for name, role in needs.items() if role.source == "features" and role.of}
-        heads: dict[str, tuple[str, nn.Module]] = {}
+        heads: dict[str, tuple[str | None, nn.Module]] = {}
         for name, role in needs.items():
+            if role.source == "variance":
+                heads[name] = None, _seeded(LogVariance, key(seed, "head", name)).to(*place)
             if role.source == "head":
                 if role.of is None or role.of not in {**denoisers, **features}:
                     raise ValueError(f"head {name!r} reads features of {role.of!r}, which is not declared: {[*denoisers, *features]}")
                 seen = features_of(denoisers[role.of], example) if role.of in denoisers else features[role.of].seen()
-                heads[name] = role.of, _head(seen, key(seed, "head", name)).to(*place)
+                heads[name] = role.of, _seeded(partial(Discriminator, seen), key(seed, "head", name)).to(*place)
         judges = {name: load_judge(role.of, labels).to(*place) for name, role in needs.items() if role.source == "judge" and role.of}
         return cls(denoisers, heads, [name for name, role in needs.items() if role.trains], {**features, **judges})
 
@@ -230,10 +235,10 @@ def features_of(denoiser: Denoiser, example: Example) -> list[Tensor]:
     return features
 
 
-def _head(features: Sequence[Tensor], seed: int) -> Discriminator:
+def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Discriminator(features)
+        return make()
 
 
 def _check_told(needs: Mapping[str, Role], teacher: Denoiser, lora: Mapping[str, LoraRecipe]) -> None:

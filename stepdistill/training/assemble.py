@@ -320,11 +320,15 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
 
 
 def run_update(run: Run, step: int, index: int, update: Update, before: Sequence[Batch]) -> tuple[list[Batch], dict[str, Mean]]:
-    """Forward and backward of one update over its micro-batches; gradients are left on the roles. Returns the batches and the log."""
+    """Forward and backward of one update over its micro-batches; gradients are left on the roles. Returns the batches and the log.
+
+    The method learns what its losses measured.
+    """
     recipe, roles = run.recipe, run.roles
     roles.train_only(update.trains, update.expert)
     batches: list[Batch] = []
     logs: dict[str, Mean] = {}
+    measured: dict[str, Tensor] = {}
     for micro in range(recipe.accumulate):
         draws = run.draws(step, index, micro)
         batch = before[micro] if update.reuse else run.batch(draws)
@@ -336,4 +340,9 @@ def run_update(run: Run, step: int, index: int, update: Update, before: Sequence
         for name, value in {"loss": loss.value, **loss.log}.items():
             key, mean = f"{update.loss}/{name}", value if isinstance(value, Mean) else Mean.of(value, loss.value.device)
             logs[key] = logs[key] + mean if key in logs else mean
+        for name, part in loss.measured.items():
+            share = part.detach() / recipe.accumulate
+            measured[name] = measured[name] + share if name in measured else share
+    if measured:
+        run.method.learn({name: run.accelerator.reduce(mean, "mean") for name, mean in measured.items()})
     return batches, logs

@@ -22,6 +22,14 @@ class Ema:
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.network.parameters()):
             self.network.float()
 
+    @torch.no_grad()
+    def distance(self, student: nn.Module) -> float:
+        """Norm of the difference between the student's weights and their average, over the average's norm."""
+        sums = [torch.stack([(mine - theirs.to(mine.dtype)).square().sum(), mine.square().sum()])
+                for mine, theirs in zip(self.network.parameters(), student.parameters(), strict=True)]
+        apart, size = torch.stack(sums).sum(0).sqrt().tolist()
+        return float(apart / max(size, 1e-30))
+
     def after(self, student: nn.Module, count: int) -> None:
         """Move, after `count` student updates. Of several experts those that are frozen keep the average they had when they last moved."""
         for mine, theirs in zip(parts_of(self.network), parts_of(student), strict=True):

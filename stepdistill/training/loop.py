@@ -159,7 +159,7 @@ def train(run: Run, out: Path, hooks: Sequence[Hook] = ()) -> Outcome:
             batches: list[Any] = []
             for index, update in enumerate(run.method.plan(step)):
                 batches, logs = run_update(run, step, index, update, batches)
-                norms, moved = run.optim.step(update.trains, unseen & set(update.trains))
+                norms, changed = run.optim.step(update.trains, unseen & set(update.trains))
                 unseen -= set(update.trains)
                 if not all(math.isfinite(n) for n in norms.values()):
                     bad[update.loss], skipped = bad[update.loss] + 1, skipped + 1
@@ -174,12 +174,14 @@ def train(run: Run, out: Path, hooks: Sequence[Hook] = ()) -> Outcome:
                 run.method.after_update(run.roles, update, run.optim.counts[update.trains[0]])
                 if run.ema and "student" in update.trains:
                     run.ema.after(run.roles.module("student"), run.optim.age("student"))
-                values = {**{f"grad/{n}": v for n, v in norms.items()}, **{f"moved/{n}": v for n, v in moved.items()}}
+                values = {**{f"grad/{n}": v for n, v in norms.items()}, **changed}
                 means.add({**logs, **{name: Mean.of(value, accelerator.device) for name, value in values.items()}})
             done, last = step + 1, step + 1 == recipe.steps
             halt = stop(accelerator)
             if done % recipe.log_every == 0 or last:
                 values, unseen = means.take(run), set(run.roles.trains)
+                if run.ema:
+                    values["ema/distance"] = run.ema.distance(run.roles.module("student"))
                 accelerator.log(values, step=done)
                 if log:
                     rates = {f"lr/{n}": v for n, v in run.optim.rates().items()}

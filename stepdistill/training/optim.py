@@ -57,13 +57,17 @@ def some_of(parameters: Sequence[Tensor], each: int = 256) -> list[Tensor]:
     return [p.detach().flatten()[:: max(1, p.numel() // each)].clone() for p in parameters]
 
 
-def share_moved(before: Sequence[Tensor], parameters: Sequence[Tensor]) -> float:
-    """Which share of the weights is stored differently now, from what `some_of` kept of each tensor.
+def change(before: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[float, float]:
+    """(share of the weights that are stored differently now, size of the change over theirs), from what `some_of` kept of each tensor.
 
-    Near 0 while the rate is not: updates are rounded away, the commonest silent failure of half-precision storage.
+    The share is near 0 while the rate is not: updates are rounded away, the commonest silent failure of half-precision storage.
     """
-    changed = [(a != b).float().mean() * p.numel() for a, b, p in zip(before, some_of(parameters), parameters, strict=True)]
-    return float(torch.stack(changed).sum()) / sum(p.numel() for p in parameters)
+    sums = []
+    for a, b, p in zip(before, some_of(parameters), parameters, strict=True):
+        parts = torch.stack([(a != b).float(), (b.float() - a.float()).square(), a.float().square()])
+        sums.append(parts.mean(1) * p.numel())
+    differ, moved, size = torch.stack(sums).sum(0).tolist()
+    return differ / sum(p.numel() for p in parameters), math.sqrt(moved / max(size, 1e-30))
 
 
 class Optimizers:
@@ -83,7 +87,7 @@ class Optimizers:
         self._optimizers[name] = make(self.roles.parameters(name), self.recipes[name])
 
     def step(self, names: Sequence[str], watched: Collection[str] = ()) -> tuple[dict[str, float], dict[str, float]]:
-        """Clip, step and clear these roles: (their gradient norms, which share of its weights each `watched` one changed).
+        """Clip, step and clear these roles: (their gradient norms, `change` of each `watched` one as moved/NAME and update/NAME).
 
         A non-finite norm moves none of them.
         """
@@ -100,7 +104,9 @@ class Optimizers:
                 self.counts[name] += 1
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        return norms, {name: share_moved(kept, self.roles.parameters(name)) for name, kept in before.items()}
+        changes = {name: change(kept, self.roles.parameters(name)) for name, kept in before.items()}
+        return norms, {f"{what}/{name}": value for name, found in changes.items()
+                       for what, value in zip(("moved", "update"), found, strict=True)}
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each role's next update."""

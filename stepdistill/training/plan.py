@@ -35,6 +35,7 @@ from stepdistill.models.features import load_features
 from stepdistill.models.judges import load_judge
 from stepdistill.models.networks import META, NetworkSpec, of_folder
 from stepdistill.models.roles import Roles, features_of
+from stepdistill.models.variance import LogVariance
 from stepdistill.recipe import DataRecipe, Recipe
 from stepdistill.training.assemble import AUTOCAST, assemble, dtype_of
 from stepdistill.training.live import Live, alive, rehearsal
@@ -227,7 +228,9 @@ def count(recipe: Recipe, network: NetworkSpec, gpu: int | None = None, *, card:
             blank(module)
         try:
             seen = lambda of: features[of].seen() if of in features else features_of(roles.denoisers[of], lambda: _example(network))     # noqa: E731
-            heads = {name: (role.of, Discriminator(seen(role.of))) for name, role in needs.items() if role.source == "head" and role.of}
+            heads: dict[str, tuple[str | None, nn.Module]] = {name: (role.of, Discriminator(seen(role.of)))
+                                                              for name, role in needs.items() if role.source == "head" and role.of}
+            heads |= {name: (None, LogVariance()) for name, role in needs.items() if role.source == "variance"}
             roles = Roles(roles.denoisers, heads, [name for name, role in needs.items() if role.trains], {**features, **judges})
             likewise, known = _rehearsed_alike(recipe), {} if known is None else known
             work, activations = known[likewise] = known.get(likewise) or _rehearsed(recipe, network, method, roles)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from stepdistill.cli import run
 from stepdistill.diffusion.draws import key
-from stepdistill.eval import extractors, generate, score, weights
+from stepdistill.eval import cards, extractors, generate, score, weights
 from stepdistill.eval.extractors import Tiny
 from stepdistill.images import save_png, to_image
 
@@ -115,6 +115,34 @@ def test_prompts_are_read_again_and_their_pictures_are_not(tmp_path: Path, monke
     capfd.readouterr()
     assert ask("eval", tmp_path / "first.json", *more, "--to", tmp_path / "x.json") == 2
     assert "was scored with other prompts than those of" in capfd.readouterr().err
+
+
+def test_variety_is_told_again_where_it_has_pictures_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                               capfd: pytest.CaptureFixture[str]) -> None:
+    """From the features that were kept of these; a result without them has nothing to tell it from."""
+    monkeypatch.setattr(cards, "VARIETY", (6, 2))
+    for i, picture in enumerate(torch.randint(0, 256, (62, 3, 8, 8), generator=torch.Generator().manual_seed(2))):
+        save_png(to_image(picture.to(torch.uint8)), tmp_path / "made" / f"{i:02d}.png")
+    (tmp_path / "p.txt").write_text("".join(f"thing {i}\n" for i in range(50)))
+    asked = ["--protocol", "custom", "--extractor", "tiny", "--to"]
+    assert ask("reference", tmp_path / "made", *asked, tmp_path / "r.safetensors") == 0
+    asked = ["--count", "50", "--prompts", tmp_path / "p.txt", "--reference", tmp_path / "r.safetensors", *asked]
+    apart = ["--also", "variety:tiny"]
+    for name, also in (("plain", []), ("first", apart), ("once", [*apart, "--also", "vendi:tiny"])):
+        assert ask("eval", tmp_path / "made", *also, *asked, tmp_path / f"{name}.json") == 0
+    blind(monkeypatch)
+    assert ask("eval", tmp_path / "first.json", "--also", "vendi:tiny", "--to", tmp_path / "more.json") == 0
+    same(tmp_path / "more.json", tmp_path / "once.json", "tiny")
+    mine, its = (load_file(tmp_path / f"{name}.features_tiny.variety.safetensors")["features"] for name in ("more", "once"))
+    assert mine.shape == (12, 16)
+    assert torch.equal(mine, its)
+    capfd.readouterr()
+    assert ask("eval", tmp_path / "plain.json", "--also", "vendi:tiny", "--to", tmp_path / "x.json") == 2
+    assert "has one picture of each prompt, and variety needs more of them" in capfd.readouterr().err
+    kept = tmp_path / "first.features_tiny.variety.safetensors"
+    save_file({"features": its[:10]}, kept, metadata={"protocol_hash": score.read_result(tmp_path / "first.json")["protocol_hash"]})
+    assert ask("eval", tmp_path / "first.json", "--also", "vendi:tiny", "--to", tmp_path / "x.json") == 2
+    assert "10 rows of features in the place of 12" in capfd.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------- what is refused

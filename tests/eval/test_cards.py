@@ -125,6 +125,26 @@ def test_variety_is_told_where_prompts_have_several_pictures(tiny: Path) -> None
     assert not {"variety", "vendi"} & (kinds(64, tuple(map(str, range(60)))) | kinds(64, PROMPTS[:4]) | kinds(64, ()))
 
 
+@pytest.mark.parametrize(("name", "plain"), [
+    ("coco14-30k-256", ("fid_inception_clean_coco14val_30k_256", "clip_vit_g14_laion2b_cos")),
+    ("teacher-only", ("fd_dinov2_l14_teacher_5k", "kd_dinov2_l14_teacher_5k", "recall_dinov2_l14_teacher_5k",
+                      "coverage_dinov2_l14_teacher_5k")),
+])
+def test_variety_has_pictures_of_its_own_where_prompts_have_one(tiny: Path, name: str, plain: tuple[str, ...]) -> None:
+    """Only where it is asked for: the protocol without it is what it was."""
+    card, prompts = CARDS[name], tuple(f"prompt {i}" for i in range(CARDS[name].count))
+    asked = draft(card, card.count, 0, Brought(also=("lpips:alexnet:512", "variety:dinov2-l14")), prompts)
+    assert (asked.variety, asked.variety_apart, asked.total) == ((200, 8), True, card.count + 1600)
+    assert {"lpips_alex_m8_512", "variety_dinov2_l14_m8"} <= set(asked.metrics)
+    assert [asked.label(i) for i in (0, card.count - 1, card.count, card.count + 199, card.count + 200)] == [0, card.count - 1, 0, 199, 0]
+    assert protocol.Protocol.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+    without = draft(card, card.count, 0, prompts=prompts)
+    assert (without.metrics, without.variety, without.total) == (plain, (0, 0), card.count)
+    assert not {"variety", "variety_apart"} & set(without.to_dict())
+    assert without.hash != asked.hash
+    assert not draft(CARDS["custom"], 64, 0, Brought(also=("vendi:tiny",), extractor="tiny"), PROMPTS).variety_apart
+
+
 # ----------------------------------------------------------------------------------------------------------------------- every measure
 
 
@@ -152,6 +172,50 @@ def test_every_measure_runs_on_64_pictures(tiny: Path) -> None:
     assert scored.metrics["clip_vit_l14_openai_100cos"].value == pytest.approx(100 * scored.metrics["clip_vit_g14_laion2b_cos"].value)
 
 
+def test_variety_apart_is_told_from_its_own_pictures(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures 60 and on, prompt by prompt in turn; every other measure is of the first 60, and finds what it finds without them."""
+    monkeypatch.setattr(cards, "VARIETY", (6, 3))
+    prompts, also = tuple(f"prompt {i}" for i in range(40)), ("variety:dinov2-s14", "lpips:alexnet")
+    card = replace(CARDS["coco14-30k-256"], metric_size=0)
+    plain, exam = (draft(card, 60, 0, Brought(also=words), prompts) for words in ((), also))
+    images, real = noise(78, 32), references.gather(Pictures.of(noise(60, 32, 1)), plain, 60)
+    labels = torch.tensor([exam.label(i) for i in range(78)])
+    assert labels[60:].tolist() == [0, 1, 2, 3, 4, 5] * 3
+    found = score.score(images, labels, exam, real, prompts=prompts)
+    alone = score.score(images[:60], labels[:60], plain, real, prompts=prompts)
+    assert found.metrics.items() >= alone.metrics.items()
+    assert torch.equal(found.features, alone.features)
+    features = extractors.extract(Tiny(), images[60:], 250)[0]
+    assert torch.equal(found.further["dinov2-s14.variety"], features)
+    assert "dinov2-s14" not in found.further
+    expected = diversity.mean_distance(torch.stack([features[[p, p + 6, p + 12]] for p in range(6)]))
+    torch.testing.assert_close(found.pairs["values/variety_dinov2_s14_m3"], expected)
+    x = images[60:].float() / 127.5 - 1
+    pairs = [torch.stack([(x[p + a] - x[p + b]).square().mean() for a, b in ((0, 6), (0, 12), (6, 12))]).mean() for p in range(6)]
+    torch.testing.assert_close(found.pairs["values/lpips_alex_m3"], torch.stack(pairs).double(), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="wants 78 pictures, got 60"):
+        score.score(images[:60], labels[:60], exam, real, prompts=prompts)
+
+
+@pytest.mark.parametrize(("convention", "shape", "low"), [
+    ("", (520, 650), -1.0), ("01", (520, 650), 0.0), ("512", (512, 640), -1.0), ("512_01", (512, 640), 0.0)])
+def test_lpips_is_fed_what_its_convention_says(tiny: Path, convention: str, shape: tuple[int, int], low: float) -> None:
+    asked = "lpips:alexnet" + f":{convention}" * bool(convention)
+    exam = draft(CARDS["custom"], 50, 0, Brought(also=(asked,), extractor="tiny"), PROMPTS[:5])
+    name = next(name for name in exam.metrics if name.startswith("lpips"))
+    assert name == f"lpips_alex_m8_{convention}".rstrip("_")
+    dark, fed = torch.zeros(3, 520, 650, dtype=torch.uint8), []
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        fed.append((tuple(a.shape[2:]), float(b.max())))
+        return (a - b).square().mean((1, 2, 3))
+
+    seen = measures.Seen(exam, exam.plan[name], torch.arange(50) % 5, pictures=Pictures(50, lambda rows: [dark] * len(rows)),
+                         distance=distance)
+    assert measures.KINDS["lpips"].find(seen).estimate.value == 0
+    assert set(fed) == {(shape, low)}
+
+
 def test_accuracy_is_of_classes(tiny: Path) -> None:
     exam = draft(CARDS["custom"], 64, 0, Brought(also=("accuracy:inception-tf",), extractor="tiny", classes=4))
     images = noise(64, 32)
@@ -176,7 +240,11 @@ def test_what_pairs_results_is_what_the_measures_found(tiny: Path) -> None:
     assert difference["frechet"] == metrics.paired_frechet(*groups, real["tiny"].train)
     sums = [measures.kernel_sums(s.features, exam, real["tiny"]) for s in (a, b)]
     assert difference["kid"] == metrics.paired_kid(*sums)
-    assert difference["recall"] is None
+    for kind, k in (("recall", exam.neighbours), ("coverage", exam.cover_neighbours)):
+        formula = getattr(metrics, f"{kind}_of_sets")
+        one, other = (formula(s.features, real["tiny"].test_features, k, measures.members(exam, 5))[1] for s in (a, b))
+        assert difference[kind] == metrics.paired_sets(one, other)
+        assert difference[kind].value == pytest.approx(float((one - other).mean()))
     for kind in ("precision", "density", "variety"):
         name = next(name for name, measure in exam.plan.items() if measure.kind == kind)
         assert difference[kind].value == pytest.approx(a.metrics[name].value - b.metrics[name].value)
@@ -237,7 +305,9 @@ def test_measures_that_cannot_be_taken_are_refused(tiny: Path, also: str, words:
 
 
 @pytest.mark.parametrize(("name", "brought", "words"), [
-    ("fashion", Brought(prompts=Path("p.txt")), "brings all that it needs"), ("fashion", Brought(also=("vendi:tiny",)), "leave"),
+    ("fashion", Brought(prompts=Path("p.txt")), "brings all that it needs"), ("fashion", Brought(extractor="tiny"), "leave"),
+    ("fashion", Brought(also=("fd:tiny",)), "has real pictures as fashion sees them"),
+    ("fashion", Brought(also=("clip:clip-l14",)), "take a protocol that has some"),
     ("cifar10-50k", Brought(prompts=Path("p.txt")), "takes no prompts"), ("cifar10-50k", Brought(extractor="tiny"), "are fixed"),
     ("custom", Brought(extractor="resnet"), "no extractor 'resnet'"), ("coco14", Brought(), "did you mean 'coco1"),
     ("imagenet64-50k", Brought(), "needs at least 5000 pictures"), ("custom", Brought(reference=Path(".")), "is no reference"),
@@ -246,6 +316,23 @@ def test_what_does_not_belong_to_a_protocol_is_refused(tiny: Path, name: str, br
     with pytest.raises(ValueError, match=words) as caught:
         cards.ready(name, 64, 0, brought)
     assert "\n" not in str(caught.value)
+
+
+def test_a_world_takes_further_measures() -> None:
+    """With another hash, and the same one for the same; what is there already is not taken twice."""
+    plain = cards.ready("fashion", 100)
+    assert plain.protocol.hash == cards.ready("fashion", 100, brought=Brought(also=())).protocol.hash
+    also = ("coverage:fashion", "vendi:tiny", "frechet:fashion", "vendi:tiny")
+    exam = cards.ready("fashion", 100, brought=Brought(also=also))
+    assert exam.protocol.metrics == (*plain.protocol.metrics, "coverage_fashion", "vendi_tiny")
+    assert (exam.protocol.variety, plain.protocol.variety) == ((10, 8), (0, 0))
+    assert list(exam.protocol.extractors) == ["fashion", "tiny"]
+    assert exam.protocol.hash not in (plain.protocol.hash, cards.ready("fashion", 100, brought=Brought(also=also[:1])).protocol.hash)
+    assert protocol.Protocol.from_dict(exam.protocol.to_dict()) == exam.protocol
+    pictures, labels = torch.randint(0, 256, (100, 1, 28, 28), dtype=torch.uint8), torch.arange(100) % 10
+    further, usual = (score.score(pictures, labels, each.protocol, each.real).metrics for each in (exam, plain))
+    assert {name: further[name] for name in usual} == usual
+    assert 1 < further["vendi_tiny"].value < 8
 
 
 def test_the_list_says_what_is_missing(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

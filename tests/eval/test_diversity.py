@@ -118,6 +118,33 @@ class Judge(torch.nn.Module):
 
     def forward(self, a, b):
         return (self.net.slice1(a) - self.net.slice1(b)).square().mean((1, 2, 3))
+def test_pairs_of_two_sets():
+    """Row by row in [-1, 1], grey as three channels, larger ones shrunk, whatever the batch."""
+    a, b = (torch.randint(0, 256, (5, 1, 12, 18), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8) for seed in (0, 1))
+    fed = []
+
+    def squares(x, y):
+        fed.append(x.shape)
+        return (x - y).square().mean((1, 2, 3))
+
+    found = D.paired_lpips(a, b, squares, batch=2)
+    torch.testing.assert_close(found, ((a.double() - b.double()) / 127.5).square().mean((1, 2, 3)), rtol=1e-5, atol=0)
+    assert fed == [(2, 3, 12, 18), (2, 3, 12, 18), (1, 3, 12, 18)]
+    assert float(D.paired_lpips(a, a, squares, side=6).sum()) == 0
+    assert fed[-1] == (5, 3, 6, 9)
+    with pytest.raises(ValueError, match="two sets of uint8"):
+        D.paired_lpips(a, b[:4], squares)
+
+
+def test_lpips_is_spared_where_weights_or_package_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(D, "load_lpips", lambda device: "loaded")
+    monkeypatch.setenv(weights.ENVIRONMENT, str(tmp_path))
+    assert D.spare_lpips() is None
+    monkeypatch.setattr(weights, "find", lambda name: tmp_path)
+    monkeypatch.setattr(D, "find_spec", lambda name: object())
+    assert D.spare_lpips() == "loaded"
+    monkeypatch.setattr(D, "find_spec", lambda name: None)
+    assert D.spare_lpips() is None
 
 
 def judge(net: str, pnet_rand: bool, verbose: bool) -> torch.nn.Module:

@@ -27,9 +27,10 @@ def grouped() -> torch.Tensor:
 
 def test_no_drift_has_no_error():
     made = drift_estimates(pictures(), pictures(), labels(), grouped())
-    assert set(made) == {"brightness", "contrast", "saturation", "clipped", "sharpness", "grid", "spread"}
+    assert set(made) == {"brightness", "contrast", "red", "green", "blue", "red_contrast", "green_contrast", "blue_contrast",
+                         "saturation", "clipped", "sharpness", "grid", "spread"}
     for name, estimate in made.items():
-        assert estimate.value == pytest.approx(float(name in ("contrast", "saturation", "sharpness", "spread"))), name
+        assert estimate.value == pytest.approx(float("contrast" in name or name in ("saturation", "sharpness", "spread"))), name
         assert estimate.se == pytest.approx(0, abs=1e-9)
         assert (estimate.n, estimate.groups) == (200, 10)
 
@@ -43,6 +44,20 @@ def test_a_brighter_student_is_found_and_pairing_helps():
     assert paired.ci95[0] < 10 / 255 < paired.ci95[1]
     assert paired.se < 1e-4 < alone.se / 10
     assert alone.ci95[0] < 10 / 255 < alone.ci95[1]
+
+
+def test_a_colour_cast_is_told_channel_by_channel():
+    """Red up and green down by ten levels, blue flattened to half: brightness knows nothing of the first two."""
+    teacher = pictures()
+    student = (teacher + torch.tensor([10, -10, 0])[:, None, None]).to(torch.uint8)
+    made = drift_estimates(student, teacher, labels(), grouped())
+    assert [made[name].value for name in ("brightness", "red", "green", "blue")] == pytest.approx([0, 10 / 255, -10 / 255, 0], abs=1e-6)
+    assert made["red_contrast"].value == pytest.approx(1, abs=1e-5)
+    flat = teacher.clone()
+    flat[:, 2] = (flat[:, 2].float() / 2 + 60).round().to(torch.uint8)
+    made = drift_estimates(flat, teacher, labels(), grouped())
+    assert made["blue_contrast"].value == pytest.approx(0.5, abs=0.01)
+    assert (made["red_contrast"].value, made["green_contrast"].value) == (1, 1)
 
 
 def test_the_jackknife_leaves_a_group_out_of_both():
@@ -62,6 +77,7 @@ def test_what_has_no_number_is_left_out():
     assert "saturation" not in made                                                      # grey
     assert "spread" not in made                                                          # one picture of each label
     assert "brightness" in made
+    assert "red" not in made
 
 
 def latents(count: int = 300, seed: int = 0) -> torch.Tensor:

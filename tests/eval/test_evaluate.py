@@ -17,7 +17,7 @@ from tiny import snapshot, tiny_teacher
 from zoo import basics
 
 from stepdistill.cli import run
-from stepdistill.eval import cards, generate, models, protocol, provenance, references, score, weights
+from stepdistill.eval import cards, diversity, generate, models, protocol, provenance, references, score, tables, weights
 from stepdistill.eval.models import open_model
 from stepdistill.images import save_png, to_image
 
@@ -98,14 +98,38 @@ def test_a_student_in_the_light_of_its_teacher(world: Path, taught: Path, tmp_pa
     assert 0.5 < block["cos"]["value"] < 1
     assert {"brightness", "contrast", "grid", "spread", "clipped", "sharpness"} <= set(block["drift"])
     assert not result["model"]["is_teacher"]
+    assert (result["env"]["tf32"], result["env"]["tf32_cudnn"]) == (False, False)
     assert ask("compare", taught, to, "--to", tmp_path / "report") == 0
     text = (tmp_path / "report" / "report.md").read_text()
     assert "In the light of the teacher" in text
     said = json.loads((tmp_path / "report" / "report.json").read_text())["rows"][1]["difference"]
-    assert set(said) == {"frechet_tiny_teacher_60", "kid_tiny_teacher_60"}
+    sets = {"recall_tiny_teacher_60", "coverage_tiny_teacher_60"}
+    assert set(said) == {"frechet_tiny_teacher_60", "kid_tiny_teacher_60", *sets}
     assert result["paired"] == {score.read_result(taught)["model"]["sha256"]: {
         name: {key: block[key] for key in ("delta", "corrected", "se", "ci95")} for name, block in said.items()}}
     assert "frechet_tiny_teacher_60 ↓" in text
+    compared = json.loads((tmp_path / "report" / "report.json").read_text())["rows"][1]
+    assert all(compared["difference"][name]["verdict"] in ("better", "worse", "undecided") for name in sets)
+    assert not sets & set(compared["wins"])
+    assert "the mean difference over disjoint sets" in text
+
+
+def test_pairs_are_looked_at_by_lpips_where_it_can_be_had(world: Path, taught: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """And pictures are large enough for it."""
+    monkeypatch.setattr(diversity, "spare_lpips", lambda device: lambda a, b: (a - b).square().mean((1, 2, 3)))
+    to = tmp_path / "s.json"
+    asked = ["eval", world / "student", *TAUGHT, "--guidance", "1", "--against", taught, "--to", to]
+    assert ask(*asked) == 0
+    assert score.read_result(to)["teacher"]["lpips"] is None
+    monkeypatch.setattr(diversity, "LEAST", 8)
+    assert ask(*asked) == 0
+    mine, its = (load_file(path.with_name(f"{path.stem}.samples.safetensors"))["images"].double() for path in (to, taught))
+    each, found = ((mine - its) / 127.5).square().mean((1, 2, 3)), score.read_result(to)["teacher"]["lpips"]
+    assert (found["value"], found["se"], found["n"]) == (pytest.approx(float(each.mean()), rel=1e-5),
+                                                         pytest.approx(float(each.std()) / 60**0.5, rel=1e-4), 60)
+    assert ask("compare", taught, to, "--to", tmp_path / "report") == 0
+    assert f"| LPIPS of paired pictures | {tables.number(found['value'], found['se'])} |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_model_is_scored_first_where_its_result_is_not_there(world: Path, taught: Path, tmp_path: Path) -> None:
@@ -148,6 +172,8 @@ def test_a_pipeline_is_scored_on_prompts(world: Path, prompted: Path) -> None:
     kept = load_file(prompted.with_name("t.features_tiny.safetensors"))
     assert kept["features"].shape == (60, 16)
     assert kept["values/variety_tiny_m8"].shape == (6,)
+    assert score.prompts_in(kept) == PROMPTS
+    assert score.prompts_in(load_file(prompted.with_name("t.samples.safetensors"))) == PROMPTS
 
 
 def test_a_result_says_how_it_is_made_again(world: Path, prompted: Path, tmp_path: Path) -> None:
@@ -181,7 +207,50 @@ def test_a_folder_of_pictures_is_what_its_model_is(world: Path, prompted: Path, 
     assert mine["teacher"]["ratio"]["variety_tiny_m8"]["value"] == pytest.approx(1, abs=1e-2)
     assert mine["teacher"]["cos"]["value"] == pytest.approx(1, abs=1e-4)
     assert ask("compare", prompted, tmp_path / "p.json", "--to", tmp_path / "report") == 0
-    assert "Difference to teacher" in (tmp_path / "report" / "report.md").read_text()
+    text, page = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("md", "html"))
+    assert "Difference to teacher" in text
+    kept = load_file(prompted.with_name("t.features_tiny.safetensors"))["values/variety_tiny_m8"]
+    order = [PROMPTS[i] for i in kept.argsort(descending=True)]
+    lines = text.partition("## variety_tiny_m8 by prompt")[2].partition("##")[0].splitlines()
+    assert sorted(line.split("|")[1].strip() for line in lines if line.startswith(("| a", "| two"))) == sorted(order)
+    assert all(f"<caption>{prompt}</caption>" in page for prompt in PROMPTS)
+
+
+def test_a_world_is_asked_for_more(tmp_path: Path) -> None:
+    """Its result says so, and is not held against one that was asked for less."""
+    for i, picture in enumerate(torch.randint(0, 256, (60, 1, 28, 28), generator=torch.Generator().manual_seed(0))):
+        save_png(to_image(picture.to(torch.uint8)), tmp_path / "pictures" / f"{i:03d}.png")
+    asked = ["eval", tmp_path / "pictures", "--count", "60"]
+    assert ask(*asked, "--to", tmp_path / "plain.json") == 0
+    assert ask(*asked, "--also", "vendi:tiny", "--also", "coverage:fashion", "--to", tmp_path / "more.json") == 0
+    plain, more = (score.read_result(tmp_path / f"{name}.json") for name in ("plain", "more"))
+    assert list(more["metrics"]) == [*plain["metrics"], "vendi_tiny", "coverage_fashion"]
+    assert plain["protocol_hash"] == protocol.get("fashion", 60).hash != more["protocol_hash"]
+    assert "--also vendi:tiny --also coverage:fashion" in provenance.command(more, "more.json")
+    assert ask("compare", tmp_path / "plain.json", tmp_path / "more.json", "--to", tmp_path / "report") == 2
+
+
+def test_variety_of_prompts_with_one_picture_each(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capfd: pytest.CaptureFixture[str]) -> None:
+    """Made after the others from sample numbers that they do not use, whatever the batch, and not in the reference."""
+    monkeypatch.setattr(cards, "VARIETY", (6, 2))
+    many, to = tmp_path / "many.txt", tmp_path / "v" / "t.json"
+    many.write_text("\n".join((*PROMPTS, *(f"thing {i}" for i in range(44)))))
+    asked = [*TAUGHT[:4], "--count", "50", "--prompts", many, "--also", "variety:tiny"]
+    assert ask("eval", world / "sd", *asked, "--steps", "2", "--guidance", "3", "--batch-size", "7", "--to", to) == 0
+    assert {"variety_tiny_m2", "vendi_tiny_m2"} <= set(score.read_result(to)["metrics"])
+    opened = open_model(str(world / "sd"), 2, 3.0, prompts=PROMPTS)
+    made = generate._batch(opened.teacher, opened.spec, 0, range(50, 62), torch.arange(12) % 6)[0]
+    kept = load_file(to.with_name("t.features_tiny.variety.safetensors"))["features"]
+    torch.testing.assert_close(kept, score.EXTRACTORS["tiny"]().features(made)[0], rtol=0, atol=2e-3)
+    assert len(load_file(to.with_name("t.samples.safetensors"))["images"]) == 50
+    assert int(load_file(to.with_name("t.reference.safetensors"))["tiny/n"]) == 50
+    assert ask("eval", world / "student", *TAUGHT, "--guidance", "1", "--also", "vendi:tiny", "--to", tmp_path / "s.json") == 2
+    assert "vendi needs five prompts or classes, got 3" in capfd.readouterr().err
+    for i, picture in enumerate(made.repeat(5, 1, 1, 1)[:55]):
+        save_png(to_image(picture), tmp_path / "few" / f"{i:02d}.png")
+    assert ask("eval", tmp_path / "few", *asked, "--against", to, "--to", tmp_path / "f.json") == 2
+    assert "after the 50 there must be 12 for variety, of the first 6 prompts in turn" in capfd.readouterr().err
 
 
 def test_real_pictures_and_memorised_ones(world: Path, place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -195,15 +264,42 @@ def test_real_pictures_and_memorised_ones(world: Path, place: Path, tmp_path: Pa
     assert ask("reference", tmp_path / "held", *open_ended, "--to", tmp_path / "held.safetensors") == 0
     train = ["--train", place / "protocols" / "custom" / "reference.safetensors", "--held-out", tmp_path / "held.safetensors"]
     assert ask("eval", tmp_path / "train", *open_ended, "--count", "60", *train, "--to", tmp_path / "r.json") == 0
+    told = {line.split()[0]: line for line in capfd.readouterr().out.splitlines()}
+    block = value(tmp_path / "r.json", "frechet")
+    assert f" without bias {block['corrected']:.1f}"[:-3] in told["frechet_tiny_real_60"]
+    assert "without bias" not in told["precision_tiny_real_60"]
     found = score.read_result(tmp_path / "r.json")["memory"]
     assert found["share"]["value"] == 1
     assert found["held_out"]["value"] < 0.1
     assert len(found["suspects"]) == 20
-    assert all(row == neighbour for row, neighbour, _ in found["suspects"])
+    assert all(row == neighbour and name == f"{row:03d}.png" for row, neighbour, _, name in found["suspects"])
     assert ask("eval", tmp_path / "held", *open_ended, "--count", "60", *train, "--to", tmp_path / "h.json") == 0
     assert score.read_result(tmp_path / "h.json")["memory"]["share"]["value"] < 0.1
     assert ask("compare", tmp_path / "r.json", tmp_path / "h.json", "--to", tmp_path / "report") == 0
-    assert "Nearest training pictures" in (tmp_path / "report" / "report.md").read_text()
+    text, (row, *_) = (tmp_path / "report" / "report.md").read_text(), found["suspects"][0]
+    assert "Nearest training pictures" in text
+    assert f" | 120 | {row} → {row:03d}.png, " in text
+
+
+@pytest.mark.parametrize(("protocol_name", "keep", "words"), [
+    ("custom", 60, "needs at least 100 training features, got 60"), ("teacher-only", 60, "needs at least 100 training features, got 60"),
+    ("custom", 5, "keeps features of 5 pictures, and density_tiny_real_60 needs 6"),
+    ("custom", 3, "keeps features of 3 pictures, and precision_tiny_real_60 needs 4")])
+def test_too_few_real_pictures_are_refused_before_any_is_made(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+                                                              monkeypatch: pytest.MonkeyPatch, protocol_name: str, keep: int,
+                                                              words: str) -> None:
+    """With the remedy, and a teacher is not run first either where it is told against itself."""
+    for i in range(keep):
+        save_png(to_image(torch.full((3, 24, 24), i, dtype=torch.uint8)), tmp_path / "real" / f"{i:03d}.png")
+    asked, reference = ["--protocol", protocol_name, "--extractor", "tiny"], tmp_path / "r.safetensors"
+    ask("reference", tmp_path / "real", *asked, "--to", reference)
+    monkeypatch.setattr(generate, "_batch", lambda *arguments: pytest.fail("a picture was made"))
+    assert ask("eval", world / "teacher", *asked, *SAMPLED, "--guidance", "1.5", "--reference", reference, "--train", reference,
+               "--held-out", reference, *([] if protocol_name == "custom" else ["--against", world / "teacher"]), "--to",
+               tmp_path / "x.json") == 2
+    assert words in (said := capfd.readouterr().err)
+    assert "with a larger --keep" in said
+    assert not (tmp_path / "x.parts").exists()
 
 
 def test_the_protocol_knows_how_many_real_pictures_are_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

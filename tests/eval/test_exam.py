@@ -107,6 +107,28 @@ def test_the_scores_are_those_of_the_exported_student(base: Path, tmp_path: Path
     assert last[f"{kind}/frechet_tiny_teacher"] == pytest.approx(distance, rel=1e-4)
 
 
+def test_the_final_score_has_other_noise_than_the_exams(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Refused for the seed of the run's own exams and of those of a student merged into it; not where no exam was held."""
+    student = tmp_path / "student"
+    export(base / "run", student)
+
+    def refusal(seed: int) -> str:
+        asked = ["--protocol", "custom", "--extractor", "tiny", "--reference", str(tmp_path / "none"), "--count", "50", "--seed", str(seed)]
+        assert command(["eval", str(student), *asked, "--to", str(tmp_path / "r.json")]) == 2
+        return capfd.readouterr().err
+
+    assert "was examined with seed 1000000 while it was trained" in (said := refusal(1_000_000))
+    assert said.count("\n") == 1
+    assert all("needs a reference" in refusal(seed) for seed in (0, 999_999, 1_000_001))
+    written = (student / "recipe.yaml").read_text()
+    assert "seed: 1000000" in written
+    (student / "recipe_merged.yaml").write_text(written.replace("seed: 1000000", "seed: 7"))
+    assert "was examined with seed 7" in refusal(7)
+    recipe = recipes.load(student / "recipe.yaml")
+    (student / "recipe.yaml").write_text(recipes.dump(replace(recipe, exam=replace(recipe.exam, every=0))))
+    assert "needs a reference" in refusal(1_000_000)
+
+
 def test_the_teachers_side_is_its_own_sampler_at_other_noise(base: Path) -> None:
     run = tiny_run(base, **OPTIONS)
     own = exam.teacher_sampler(run)

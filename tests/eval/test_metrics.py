@@ -258,6 +258,17 @@ def test_precision_and_recall_agree_with_torch_fidelity():
     assert M.precision_recall(fake, real) == pytest.approx([float(v) for v in theirs][:2], abs=2e-3)
 
 
+def test_sets_are_paired_one_by_one():
+    """Both models' sets move together, which cancels; five differences have Student's t of four degrees of freedom."""
+    common, gain = torch.tensor([0.1, 0.5, 0.3, 0.7, 0.2]).double(), torch.tensor([0.02, 0.03, 0.02, 0.04, 0.03]).double()
+    made = M.paired_sets(common + gain, common)
+    se = float(gain.std()) / 5**0.5
+    assert (made.value, made.se, made.groups) == (pytest.approx(0.028), pytest.approx(se), 5)
+    assert made.ci95 == pytest.approx((0.028 - 2.776 * se, 0.028 + 2.776 * se), rel=1e-3)
+    with pytest.raises(ValueError, match="same sets of both"):
+        M.paired_sets(common, common[:4])
+
+
 def test_recall_keeps_the_value_of_the_whole_set():
     fake, real, member = normal(500, 4) * 0.6, normal(400, 4, seed=1), M.members(500, 5, 10)
     made = M.recall_estimate(fake, real, 3, member)

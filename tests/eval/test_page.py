@@ -160,7 +160,7 @@ def test_no_text_leaves_its_figure(four):
     dots = [charts.Dots(row["label"], row["series"], row["is_teacher"], row["classes"]["distance"]["value"], [0.1] * 10) for row in rows]
     figures = [charts.plot_quality(charts.points(rows, cost), axis, "frechet_fashion, lower is better", charts.COST)
                for cost, axis in (("nfe", charts.NFE), ("ms_per_image", charts.MS))]
-    long = [charts.Point(f"{'long' * 12}{i}", f"{'long' * 12}{i}", False, i + 1, i + 1, 0.1) for i in range(8)]
+    long = [charts.Point(f"{'long' * 12}{i}", f"{'long' * 12}{i}", False, i + 1, i + 1, i + 0.9, i + 1.1) for i in range(8)]
     figures += [charts.plot_quality(many, charts.NFE, size=charts.COST) for many in (long[:2], long)]
     figures += [charts.plot_classes(names, dots, "squared distance of mean features to real ones", real=[0.1] * 10),
                 charts.plot_curves({f"grad/{role}": [(0, 0.01), (9000, 5.0)] for role in ("disc", "fake", "student")}, logarithmic=True)]
@@ -241,6 +241,33 @@ def test_verdicts_say_what_the_differences_say(four):
         assert said["text"] in four.markdown
 
 
+def test_values_without_bias_stand_beside_their_intervals(four):
+    """Of the jackknifed measures alone: a share has no bias to take off. Both files have the table, the figure those values."""
+    (table,) = tables.without_bias(four.value)
+    assert table.heads == ("model", "frechet_fashion ↓", "kid_fashion ↓")
+    for row, line, point in zip(four.value["rows"], table.rows, charts.points(four.value["rows"], "nfe"), strict=True):
+        block = row["metrics"]["frechet_fashion"]
+        corrected, low, high = (float(part.strip("[],")) for part in line[1].split())
+        assert (corrected, low, high) == pytest.approx((block["corrected"], *block["ci95"]), abs=block["se"] / 10)
+        assert corrected < block["value"] - block["se"] / 10                    # so few pictures that the bias is plain to see
+        assert (point.y, point.low, point.high) == (block["corrected"], *block["ci95"])
+        assert line[1] in four.page.words
+        assert f"| {' | '.join(line)} |" in four.markdown
+    free = ("recall_fashion", "accuracy_fashion")
+    shares = [{**row, "metrics": {name: row["metrics"][name] for name in free}} for row in four.value["rows"]]
+    assert tables.without_bias({"rows": shares}) == []
+    assert charts.without_bias(shares) == ""
+    assert "values without bias" in four.page.words
+
+
+def test_a_bar_is_drawn_around_its_mark():
+    """An interval that is not symmetric keeps its two ends."""
+    points = [charts.Point("a", "a", False, 1, 0.9, 0.7, 0.95), charts.Point("b", "b", False, 2, 0.5, 0.4, 0.6)]
+    figure = charts.plot_quality(points, charts.NFE)
+    ends = [[float(y) for y in bar.get_segments()[0][:, 1]] for box in figure.axes[0].containers for bar in box[2]]
+    assert ends == [pytest.approx([0.7, 0.95]), pytest.approx([0.4, 0.6])]
+
+
 def test_nothing_is_claimed_without_features(made, tmp_path):
     results = [made("t", "teacher:fashion", 50, 0.1, is_teacher=True), made("s", "student", 1, 0.9, with_features=False)]
     told = write(results, tmp_path / "out")
@@ -316,15 +343,17 @@ def test_classes_add_up_to_the_whole(four):
     """Balanced labels: the mean of the classes' accuracies is the accuracy; and the tables show every class."""
     value = four.value
     for row in value["rows"]:
-        shares = row["classes"]["accuracy"]["value"]
+        shares = row["classes"]["accuracy_fashion"]["value"]
         assert sum(shares) / len(shares) == pytest.approx(row["metrics"]["accuracy_fashion"]["value"])
         assert min(row["classes"]["distance"]["value"]) > 0
+        shares = row["classes"]["precision_fashion"]["value"]
+        assert sum(shares) / len(shares) == pytest.approx(row["metrics"]["precision_fashion"]["value"])
     for name in value["classes"]["names"]:
-        assert four.markdown.count(f"\n| {name} |") == 2
+        assert four.markdown.count(f"\n| {name} |") == 3                        # precision, accuracy, distance
 
 
 def test_the_pareto_front():
-    made = [charts.Point(str(i), "", False, x, y, 0.0) for i, (x, y) in enumerate([(1, 5), (2, 6), (2, 4), (3, 4), (8, 1)])]
+    made = [charts.Point(str(i), "", False, x, y, y, y) for i, (x, y) in enumerate([(1, 5), (2, 6), (2, 4), (3, 4), (8, 1)])]
     assert [point.label for point in charts.front(made)] == ["0", "2", "4"]
 
 
@@ -357,6 +386,18 @@ def test_commands_open_the_same_sampler():
         assert stated == {key: getattr(opened.spec, key) for key in stated}
 
 
+def test_markdown_tells_the_environment(four):
+    """As the page does: what the rows share, what they do not, row by row, and how each is made again."""
+    told = four.markdown.partition("## Environment")[2]
+    assert "- torch: 2.0\n" in told
+    assert "- threads" not in told
+    table = tables.made(four.value)
+    assert table.heads[-1] == "≠ threads"
+    assert [row[-1] for row in table.rows] == ["1", "1", "2", "1"]
+    assert all(f"| {' | '.join(row)} |" in told for row in table.rows)
+    assert all(command in told for row in four.value["rows"] for command in row["commands"])
+
+
 def test_a_command_says_what_it_cannot(made):
     at = json.loads(made("t", "my teacher", 2, 0.1, is_teacher=True, times=[0.9, 0.2]).read_text())
     assert provenance.command(at, "t.json").endswith("# at times that no option names")
@@ -375,6 +416,14 @@ def test_healthy_curves_are_described_in_the_readmes_words():
         assert any(curve.healthy in cell for cell in cells), curve.title
 
 
+@pytest.mark.parametrize("name", [
+    "student/score_gap", "student/score_gap_2", "student/score_gap_s25", "critic/denoise", "critic/denoise_1", "critic/disc_accuracy",
+    "critic/disc_accuracy_real", "disc/disc_accuracy_generated", "student/x0_mean", "student/x0_std", "grad/disc", "moved/fake_1",
+    "update/student", "ema/distance", "look/contrast", "exam/kid_fashion", "exam_raw/frechet_tiny_teacher"])
+def test_what_a_run_logs_is_drawn_once(name):
+    assert len([curve for curve in curves.CURVES if curves.lines([{"step": 0, name: 1.0}], curve.names)]) == 1
+
+
 def test_an_ill_run_is_told(made, tmp_path):
     trained = trained_in(tmp_path)
     rows = [json.loads(line) | {"critic/disc_accuracy": 0.99} for line in (trained / "log.jsonl").read_text().splitlines()]
@@ -386,7 +435,7 @@ def test_an_ill_run_is_told(made, tmp_path):
     assert "illness discriminator saturated" in told.page.words
     assert "what helps lower method.gan_weight" in told.page.words
     assert re.search(r"ill: dmd2, 640 of 640 steps: 1 known illness seen\.\n\n- discriminator saturated: .* What helps:", told.markdown)
-    gap = next(drawn for curve, drawn in curves.read(trained).curves if curve.names == r"student/score_gap")
+    gap = next(drawn for curve, drawn in curves.read(trained).curves if curve.title == "Gap of the scores")
     assert len(gap["student/score_gap"]) == sum("student/score_gap" in row for row in rows) - 1
     assert gap["student/score_gap"][0] == (rows[0]["step"], rows[0]["student/score_gap"])
 
@@ -417,6 +466,55 @@ def test_a_folder_that_is_no_run_is_refused(made, tmp_path, capfd):
     assert command(["compare", str(path), "--to", str(tmp_path / "out"), "--run", str(tmp_path / "none")]) == 2
     assert "is not a run" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_best_and_the_worst_are_found():
+    """By the means over the models, of columns of values; all of them where they are few."""
+    values = torch.stack([torch.arange(30.0), torch.arange(30.0).flip(0) * 3])
+    assert breakdown.extremes(values, upwards=True, each=2) == [0, 1, 28, 29]
+    assert breakdown.extremes(values, upwards=False, each=2) == [29, 28, 1, 0]
+    assert breakdown.extremes(values[:, :4], upwards=False, each=2) == [3, 2, 1, 0]
+
+
+def test_of_many_classes_the_best_and_the_worst_are_shown():
+    """With their own errors, and without where a class has one value."""
+    blocks = {"accuracy_x": {"value": [i / 100 for i in range(50)], "se": [0.001] * 50}, "variety_x": {"value": [0.5] * 50, "se": None}}
+    told = {"rows": [{"label": "student", "classes": blocks, "groups": None}, {"label": "pictures", "classes": None, "groups": None}],
+            "classes": {"names": [f"class {c}" for c in range(50)], "real_distance": []}, "prompts": {"first": [], "extremes": {}}}
+    accuracy, variety = tables.by_class(told)
+    assert [row[0] for row in accuracy.rows] == [f"class {c}" for c in (*range(49, 39, -1), *range(9, -1, -1))]
+    assert accuracy.heads == ("class", "student")
+    assert accuracy.rows[0][1] == "0.4900 ± 0.0010"
+    assert "10 worst of 50" in accuracy.note
+    assert variety.rows[0][1] == "0.5000"
+
+
+def test_prompts_are_shown_with_their_words():
+    extremes = {"clip_x": {"count": 30, "chosen": [4, 2], "texts": ["a cat", "a | dog"], "values": [[0.25, 0.125], None, [0.5, 0.375]]}}
+    told = {"rows": [{"label": label, "classes": None, "groups": None} for label in ("teacher", "pictures", "student")],
+            "classes": {"names": [], "real_distance": []}, "prompts": {"first": [], "extremes": extremes}}
+    (table,) = tables.by_class(told)
+    assert table.heads == ("prompt", "teacher", "student")
+    assert table.rows == [("a cat", "0.2500", "0.5000"), ("a | dog", "0.1250", "0.3750")]
+    assert "of 30" in table.note
+
+
+WORDS = ["a cat", "a dog", "snow", "rain", "fog"]
+
+
+@pytest.mark.parametrize(("side", "captions", "width"), [(8, WORDS, 4), (200, WORDS[:4], 1)])
+def test_grids_have_the_words_of_their_prompts(side, captions, width):
+    """Picture i has prompt i mod their number; of large pictures there are fewer."""
+    pictures = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(100, 3, side, side)
+    told = {"protocol": {"prompts": 20, "classes": 0}, "classes": {"names": []},
+            "prompts": {"first": WORDS, "extremes": {}}}
+    found = page._grids(told, [("mine", pictures)])
+    assert [name for name, _ in found] == captions
+    read = np.array(Image.open(io.BytesIO(base64.b64decode(found[1][1][0].uri.partition(",")[2]))))
+    assert [int(read[0, (side + 1) * i, 0]) for i in range(width)] == [1, 21, 41, 61][:width]
+    assert read.shape[1] == (side + 1) * width - 1
+    ((caption, _),) = page._grids({**told, "prompts": {"first": [], "extremes": {}}}, [("mine", pictures)])
+    assert caption == "The first pictures"
 
 
 def test_groups_of_prompts_stand_side_by_side():

@@ -26,7 +26,7 @@ def test_hash_is_pinned():
 
 def test_every_field_moves_the_hash():
     base = protocol.get("fashion")
-    changed = {int: lambda v: v + 1, str: lambda v: v + "x", tuple: lambda v: (*v, "x")}
+    changed = {bool: lambda v: not v, int: lambda v: v + 1, str: lambda v: v + "x", tuple: lambda v: (*v, "x")}
     hashes = {base.hash}
     for field in dataclasses.fields(base):
         value = getattr(base, field.name)

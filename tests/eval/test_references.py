@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,6 +58,23 @@ def test_a_reference_holds_what_the_extractor_says(exam: Protocol, real: Path, t
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ""] == ["r.safetensors"]
 
 
+def test_kept_features_know_the_names_of_their_pictures(exam: Protocol, real: Path, tmp_path: Path) -> None:
+    """Through the file, of every picture or of some; of published pictures their rows; of a reference from before, none."""
+    (real / "010.png").rename(real / "010 é\n.png")
+    stored = references.make(real, exam, tmp_path / "r.safetensors", keep=9)
+    assert stored.real["tiny"].names == tuple(f"{i}.png" for i in ("000", "003", "006", "010 é\n", "013", "016", "020", "023", "026"))
+    tensors = load_file(tmp_path / "r.safetensors")
+    with safe_open(tmp_path / "r.safetensors", "pt") as file:
+        save_file({name: t for name, t in tensors.items() if not name.endswith("names")}, tmp_path / "b.safetensors", file.metadata())
+    before = references.read(tmp_path / "b.safetensors", exam)
+    assert before.real["tiny"].names == ()
+    assert torch.equal(before.real["tiny"].test_features, stored.real["tiny"].test_features)
+    np.savez(tmp_path / "more.npz", mu=np.zeros(16), sigma=np.eye(16), arr_0=noise(12, 3, 24, 24).movedim(1, -1).numpy())
+    mixed = references.make(real, exam, tmp_path / "m.safetensors", keep=6, set_from=tmp_path / "more.npz").real["tiny"]
+    assert mixed.names == tuple(f"more.npz[{i}]" for i in (0, 2, 4, 6, 8, 10))
+    torch.testing.assert_close(mixed.train.mean, stored.real["tiny"].train.mean)
+
+
 def test_one_pixel_makes_another_reference(exam: Protocol, real: Path, tmp_path: Path) -> None:
     first = references.make(real, exam, tmp_path / "a.safetensors", keep=9)
     assert references.make(real, exam, tmp_path / "b.safetensors", keep=9).sha256 == first.sha256
@@ -66,6 +84,29 @@ def test_one_pixel_makes_another_reference(exam: Protocol, real: Path, tmp_path:
     other = references.make(real, exam, tmp_path / "a.safetensors", keep=9)
     assert other.sha256 != first.sha256
     assert replace(exam, reference_sha256=other.sha256).hash != replace(exam, reference_sha256=first.sha256).hash
+
+
+def test_folders_of_classes_are_read_one_level_down(exam: Protocol, real: Path, tmp_path: Path) -> None:
+    """The same pictures in the same order are the same reference; hidden folders and deeper ones are none of it."""
+    for i, path in enumerate(sorted(real.iterdir())):
+        to = tmp_path / "classes" / f"c{i // 10}" / path.name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(path.read_bytes())
+    for other in (".cache", "c1/deeper"):
+        folder_of(noise(2, 3, 24, 24, seed=9), tmp_path / "classes" / other)
+    flat = references.make(real, exam, tmp_path / "a.safetensors", keep=9)
+    nested = references.make(tmp_path / "classes", exam, tmp_path / "b.safetensors", keep=9)
+    assert (nested.sha256, nested.count) == (flat.sha256, 30)
+    assert nested.real["tiny"].names[:5] == ("c0/000.png", "c0/003.png", "c0/006.png", "c1/010.png", "c1/013.png")
+    with pytest.raises(ValueError, match="holds no pictures itself, and those in c0 have no place in the order of samples"):
+        pictures.files_in(tmp_path / "classes")
+    folder_of(noise(1, 3, 24, 24), tmp_path / "classes")
+    with pytest.raises(ValueError, match="holds 1 pictures itself and others in c0"):
+        references.make(tmp_path / "classes", exam, tmp_path / "c.safetensors", keep=9)
+    assert [path.name for path in pictures.files_in(tmp_path / "classes")] == ["000.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no pictures .* and no folders of them"):
+        pictures.files_in(tmp_path / "empty", nested=True)
 
 
 def test_published_statistics_are_taken_over(exam: Protocol, real: Path, tmp_path: Path) -> None:
@@ -82,6 +123,17 @@ def test_published_statistics_are_taken_over(exam: Protocol, real: Path, tmp_pat
     np.savez(tmp_path / "more.npz", mu=mean.numpy(), sigma=cov.numpy(), arr_0=images.movedim(1, -1).numpy())
     kept = references.make(tmp_path / "more.npz", exam, tmp_path / "m.safetensors", keep=12).real["tiny"].test_features
     torch.testing.assert_close(kept, extract(Tiny(), images, 250)[0], rtol=0, atol=1e-6)
+
+
+def test_larger_pictures_are_shrunk_and_smaller_ones_stay() -> None:
+    picture = noise(3, 40, 60)
+    assert pictures.shrunk(picture, 20, "lanczos").shape == (3, 20, 30)
+    assert pictures.shrunk(picture.mT, 20, "box").shape == (3, 30, 20)
+    for size in (0, 40, 41):
+        assert pictures.shrunk(picture, size, "lanczos") is picture
+    some = Pictures.of(noise(10, 3, 4, 4)).part(3, 8)
+    assert some.count == 5
+    assert torch.equal(torch.stack(list(some.part(1, 4).read(range(1, 3)))), noise(10, 3, 4, 4)[5:7])
 
 
 def test_unfit_sources_are_refused(exam: Protocol, tmp_path: Path) -> None:

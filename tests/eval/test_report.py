@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill.eval import alignment, measures, metrics, pairing, protocol, report, score
+from stepdistill.cli import run as command
+from stepdistill.eval import alignment, charts, measures, metrics, pairing, protocol, report, score, tables, timings
 
 
 def test_report(made, tmp_path):
@@ -20,7 +21,8 @@ def test_report(made, tmp_path):
     assert [row["label"] for row in value["rows"]] == [
         "teacher, 50 steps, w = 1.5", "teacher, 2 steps", "export, 1 step", "export, 4 steps"]
     assert [row["nfe"] for row in value["rows"]] == [100, 2, 1, 4]
-    assert sorted(p.name for p in to.iterdir()) == ["quality_vs_nfe.png", "report.html", "report.json", "report.md", "samples.png"]
+    assert sorted(p.name for p in to.iterdir()) == ["quality_vs_ms.png", "quality_vs_nfe.png", "report.html", "report.json", "report.md",
+                                                      "samples.png"]
     assert json.loads((to / "report.json").read_text()) == value
     assert not list(to.parent.glob(".*"))
     page = (to / "report.md").read_text()
@@ -28,7 +30,7 @@ def test_report(made, tmp_path):
     assert [line.split("|")[1].strip() for line in table[1:5]] == [row["label"] for row in value["rows"]]
     assert table[1].split("|")[2].strip() == "100"
     assert table[1].split("|")[-2].strip() == "100.00"
-    for name in ("quality_vs_nfe.png", "samples.png"):
+    for name in ("quality_vs_nfe.png", "quality_vs_ms.png", "samples.png"):
         assert min(Image.open(to / name).size) > 200
         assert name in page
 
@@ -115,6 +117,10 @@ def test_results_of_three_seeds_are_one_row(made, tmp_path):
     for words in ("seeds 0, 1, 2, hash without the seed", "Values are means over the seeds 0, 1, 2, ±", "## Seed by seed", "| min3 |"):
         assert words in page
     assert sum("--seed 2" in command for row in value["rows"] for command in row["commands"]) == 2
+    assert "## Without bias" not in page                                        # intervals stand around the means
+    means = [row["metrics"]["frechet_fashion"]["value"] for row in value["rows"]]
+    assert [point.y for point in charts.points(value["rows"], "nfe")] == means
+    assert "bars are 95 % intervals of the mean over seeds" in (tmp_path / "out" / "report.html").read_text().replace("\xa0", " ")
     two = report.compare([*paths["s"][:2], *paths["t"][:2]], tmp_path / "two", over_seeds=True)
     assert two["rows"][0]["seeds"]["least"] == {}
 
@@ -164,6 +170,65 @@ def test_other_wrong_input(made, tmp_path):
         report.compare([tmp_path / "none.json"], tmp_path / "out")
 
 
+def timed(path, *models):
+    """A file of `bench speed`: of each model its digest, its calls, and the medians of denoiser, with text and with decoder at batch 4."""
+    spans = [dict(zip(timings.SPANS, (None if ms is None else {"median": ms} for ms in medians), strict=True)) for *_, medians in models]
+    rows = [{"model": {"name": "export", "sha256": digest}, "sampler": {"nfe": nfe},
+             "batches": [{"batch": 8, "ms": dict.fromkeys(timings.SPANS)}, {"batch": 4, "ms": ms}]}
+            for (digest, nfe, _), ms in zip(models, spans, strict=True)]
+    path.write_text(json.dumps({"rows": rows, "env": {"device": "x86_64", "device_type": "cpu", "threads": 2, "precision": "fp32"}}))
+    return path
+
+
+def of_weights(path, digest):
+    """A result whose model has these weights."""
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**result, "model": {**result["model"], "sha256": digest}}))
+    return path
+
+
+def test_milliseconds_of_bench_speed(made, tmp_path):
+    """By weights and calls, for one picture, at the smallest batch; the figure takes the widest span that all timed models have."""
+    paths = [of_weights(made("t", "teacher:fashion", 50, 0.1, is_teacher=True), "aa"),
+             of_weights(made("t2", "teacher:fashion", 2, 0.3, is_teacher=True), "aa"), of_weights(made("s", "export", 1, 0.2), "bb")]
+    speed = timed(tmp_path / "speed.json", ("aa", 50, (400.0, 404.0, 440.0)), ("bb", 1, (8.0, None, 10.0)), ("cc", 1, (1.0, None, 1.0)))
+    value = report.compare(paths, tmp_path / "out", speed=speed)
+    assert [row["ms_per_image"] for row in value["rows"]] == [110.0, None, 2.5]
+    assert (value["speed"]["span"], value["speed"]["batch"]) == ("with_decoder", 4)
+    table = tables.scores(value)
+    assert table.heads[-3:] == ("ms, of the denoiser", "ms, with text encoders", "ms, with decoder")
+    assert [row[-3:] for row in table.rows] == [("100.00", "101.00", "110.00"), ("", "", ""), ("2.00", "", "2.50")]
+    assert "Not timed there: teacher, 2 steps." in table.note
+    assert [point.x for point in charts.points(value["rows"], "ms_per_image")] == [110.0, 2.5]
+    text, page = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
+    assert "| ms, with decoder |" in text
+    assert "the figure has those with decoder" in page
+
+
+def test_milliseconds_of_parts_that_all_have(made, tmp_path):
+    paths = [of_weights(made("t", "teacher:fashion", 50, 0.1, is_teacher=True), "aa"), of_weights(made("s", "export", 1, 0.2), "bb")]
+    speed = timed(tmp_path / "speed.json", ("aa", 50, (400.0, None, None)), ("bb", 1, (8.0, None, 10.0)))
+    value = report.compare(paths, tmp_path / "out", speed=speed)
+    assert value["speed"]["span"] == "denoiser"
+    assert [row["ms_per_image"] for row in value["rows"]] == [100.0, 2.0]
+
+
+def test_timings_that_do_not_fit_are_refused(made, tmp_path, capfd):
+    path = of_weights(made("s", "export", 4, 0.2), "bb")
+    other = timed(tmp_path / "other.json", ("bb", 1, (8.0, None, 10.0)))
+    wrong = {other: "times none of these models with as many calls, but export (bb, NFE 1)",
+             tmp_path / "none.json": "no timings", path: "is no file of timings"}
+    nameless = timed(tmp_path / "nameless.json", (None, 4, (8.0, None, 10.0)))
+    assert timings.read(nameless).of({"model": {"name": "a folder of pictures"}, "sampler": {"nfe": 4}}) is None
+    for speed, words in wrong.items():
+        assert command(["compare", str(path), "--to", str(tmp_path / "out"), "--speed", str(speed)]) == 2
+        told = capfd.readouterr().err
+        assert words in told
+        assert "stepdistill bench speed MODEL --to" in told
+        assert len(told.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("value", "se", "text"), [(8.7123, 0.0512, "8.712 ± 0.051"), (0.5, 0.2, "0.50 ± 0.20"), (123.4, 12.0, "123 ± 12"),
                                                    (0.25, 0.0, "0.2500 ± 0.0000")])
 def test_numbers_stop_at_their_error(value, se, text):
@@ -179,3 +244,32 @@ def test_many_comparisons_ask_for_more_than_one():
     assert [block["frechet_fashion"]["verdict"] for block in few] == ["better"] * 2
     assert [block["frechet_fashion"]["verdict"] for block in many] == ["undecided"] * 5
     assert many[0]["frechet_fashion"]["p_holm"] == pytest.approx(5 * alignment.p_value(found))
+    assert "p_holm" not in few[0]["frechet_fashion"]
+
+
+def test_the_best_of_many_needs_more_than_the_best_of_few():
+    """2.2 standard errors ahead of every other row: a star among three rows, none among six."""
+    found = metrics.Estimate(-1.0, -1.0, 0.45, (-1.93, -0.07), 5000, 25)
+    pairing = SimpleNamespace(difference=lambda i, j: found)
+    rows = [SimpleNamespace(result={"protocol": {"count": 5000}}, metric=lambda name, i=i: {"value": float(i)}) for i in range(6)]
+    assert [report.best(rows[:n], "frechet_fashion", pairing) for n in (3, 6)] == [0, None]
+
+
+def test_the_page_counts_the_comparisons_that_holm_counts(made, tmp_path):
+    """Every row with a difference, be it the teacher's; one without features is none."""
+    paths = [made("t", "teacher:fashion", 50, 0.1, is_teacher=True), made("t1", "teacher:fashion", 1, 0.6, is_teacher=True),
+             made("a", "a", 1, 0.2), made("b", "b", 1, 0.3), made("c", "c", 1, 0.4, with_features=False)]
+    for extra, told in (((), ""), ((made("d", "d", 1, 0.1001),), "4 rows are held against the first.")):
+        value = report.compare([*paths, *extra], tmp_path / "out")
+        text, page = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
+        (table,) = (t for t in tables.paired(value) if t.title.startswith("Difference"))
+        assert tables.correction(value).startswith(told)
+        assert all(("p_holm" in block) == bool(extra) for row in value["rows"][1:] for block in row["difference"].values())
+        assert table.heads[:3] == ("model", "frechet_fashion", "p" if extra else "kid_fashion")
+        assert all(len(row) == len(table.heads) for row in table.rows)
+        if extra:
+            assert page.count(told) == 2                                        # above the tables, and in the one of the differences
+            assert all(f"| {' | '.join(row)} |" in text for row in table.rows)
+            p = table.rows[-1][2]
+            assert p == tables.p_value(value["rows"][-1]["difference"]["frechet_fashion"])
+            assert f"p {p} adjusted" in value["rows"][-1]["verdict"]["text"]

@@ -260,6 +260,16 @@ def test_features_that_lack_something_are_damaged(tmp_path, scored, damage, word
         report.compare([path, write_other(tmp_path, scored)], tmp_path / "out")
 
 
+def test_results_from_before_sets_were_kept_are_read(tmp_path, scored):
+    """Without a difference in recall, and with every other one."""
+    path = tmp_path / "a.json"
+    result, features = write(path, scored), score.features_path(path, "fashion")
+    kept = {name: value for name, value in load_file(features).items() if name != "values/recall_fashion"}
+    save_file(kept, features, metadata={"protocol_hash": result["protocol_hash"]})
+    rows = report.compare([path, write_other(tmp_path, scored)], tmp_path / "out")["rows"]
+    assert set(result["metrics"]) - set(rows[1]["difference"]) == {"recall_fashion"}
+
+
 def write_other(folder, scored):
     write(folder / "b.json", scored)
     return folder / "b.json"

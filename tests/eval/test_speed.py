@@ -18,7 +18,7 @@ from stepdistill.cli import run as command
 from stepdistill.diffusion.draws import Noise
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.times import trailing
-from stepdistill.eval import speed
+from stepdistill.eval import speed, timings
 from stepdistill.eval.models import Opened, open_model
 from stepdistill.eval.speed import Subject, Timing
 from stepdistill.export import export
@@ -249,6 +249,11 @@ def test_the_command_compares_times_and_writes_a_file(student: Path, tmp_path: P
     assert (report["runs"], report["warm_up"], report["against"]) == (30, 3, str(student))
     assert report["env"]["threads"] == torch.get_num_threads()
     assert {"torch", "device", "commit", "precision", "attention"} <= set(report["env"])
+    read = timings.read(tmp_path / "deep" / "speed.json")
+    found = read.of({"model": one["model"], "sampler": {"nfe": 1}})
+    assert read.batch == 1
+    assert found == {span: ms and ms["median"] for span, ms in one["batches"][0]["ms"].items()}
+    assert read.of({"model": one["model"], "sampler": {"nfe": 4}}) is None
     assert one["picture"] == [1, 16, 16]
     text = speed.shown(report).splitlines()
     assert len(text) == 1 + 4 + 2

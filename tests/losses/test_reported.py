@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stepdistill.losses.reported import LEVELS, Mean, score_gap
+from stepdistill.losses.reported import LEVELS, Mean, accuracy, level, score_gap
 
 
 def test_the_gap_is_told_by_bands_of_noise():
@@ -27,3 +27,16 @@ def test_an_empty_band_counts_for_nothing():
     assert isinstance(first, Mean)
     assert isinstance(second, Mean)
     assert (float(first.count), float((first + second).value)) == (0, 3)
+
+
+def test_a_discriminator_is_right_about_the_real_and_the_generated_apart():
+    """Of four real samples three are called real, of two generated ones one generated."""
+    found = accuracy(torch.tensor([1.0, 2.0, 0.1, -1.0]), torch.tensor([-3.0, 3.0]))
+    assert {name: float(value) for name, value in found.items()} == {
+        "disc_accuracy": 0.625, "disc_accuracy_real": 0.75, "disc_accuracy_generated": 0.5}
+
+
+def test_the_level_of_samples():
+    found = level(torch.tensor([[1.0, 3.0], [5.0, 7.0]], requires_grad=True))
+    assert {name: float(value) for name, value in found.items()} == {"x0_mean": 4.0, "x0_std": pytest.approx((20 / 3) ** 0.5)}
+    assert not any(value.requires_grad for value in found.values())

@@ -190,7 +190,7 @@ def short_start() -> Denoiser:
 
 
 @pytest.mark.parametrize("method", [
-    Guided(GuidedConfig(), Setup(Flow(), (1,), SamplerSpec(trailing(16)))),
+    pytest.param(Guided(GuidedConfig(), Setup(Flow(), (1,), SamplerSpec(trailing(16)))), marks=pytest.mark.judges("guided")),
     LCM(LCMConfig(guidance=Band(1.0, 5.0), embed=True), Setup(Flow(), (1,), SamplerSpec(trailing(1))))], ids=["guided", "lcm"])
 def test_samples_follow_w(short_start, method):
     """The class moves out with w, as the guided teacher's does (T4). One that ignores w is off by .56 at w = 1 or 5, or by half at both."""

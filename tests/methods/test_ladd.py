@@ -209,6 +209,7 @@ def on_the_ring(begin: Denoiser, students: int, batch: int, steps: int = 1, **op
     return sliced_wasserstein(x, RING.data(8192, torch.Generator().manual_seed(5))), *modes_covered(x, RING)
 
 
+@pytest.mark.judges("ladd")
 def test_on_the_ring(begin):
     """No card gives a figure: 200 updates reach SW2 .14, 58 % near a mode; hinge .20; four steps .21. Untrained: .97."""
     distance, modes, near = on_the_ring(begin, 200, 256)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from oracles import GaussianTeacher, f64
-from toys import Counted, tiny_unet
+from toys import Counted, distil, draw_student, modes_covered, pretrained, ring, tiny_unet
 
 from stepdistill import recipe as recipes
 from stepdistill.diffusion.draws import Draws
@@ -17,6 +17,7 @@ from stepdistill.methods.polish import Polish, PolishConfig
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.roles import Roles
+from stepdistill.recipe import OptimRecipe
 from stepdistill.training import checkpoint, loop
 
 NOTHING = Batch({"main": Sample(Conditioning())})
@@ -132,3 +133,15 @@ def test_it_begins_at_a_run_and_refuses_to_begin_at_the_teacher(tmp_path):
     assert all(torch.equal(v, ended[f"role/before/{k}"]) for k, v in students.items())
     assert not all(torch.equal(v, ended[f"role/student/{k}"]) for k, v in students.items())
     assert state["sampler"]["times"] == [0.4, 0.1, 0.02]
+
+
+@pytest.mark.judges("polish")
+def test_a_student_of_four_steps_ends_nearer_to_the_modes():
+    """Setting R, the student a network that was taught the velocity: 51 % of its samples lie near a mode, 60 % after 100 updates."""
+    teacher = ring()
+    begin = pretrained(teacher, 128, 600, batch=256)
+    method = Polish(PolishConfig(0.2), Setup(Flow(), (2,), SamplerSpec((1.0, 0.75, 0.5, 0.25))))
+    student = distil(method, teacher, begin, {"student": OptimRecipe(1e-3, schedule="cosine")}, 100, 256).student
+    before, after = (modes_covered(draw_student(one, method, 8192, (2,)), teacher) for one in (begin, student))
+    assert (before[0], after[0]) == (8, 8)
+    assert after[1] > before[1] + 0.05

@@ -122,6 +122,7 @@ def test_impossible_values(options):
         RCMConfig(**options)
 
 
+@pytest.mark.judges("rcm")
 def test_ring_in_small():
     """70 student updates of 256 from a denoiser whose one-step samples are the middle of the ring: SW2 .16 and 49 % over three seeds."""
     method = RCM(RCMConfig(warmup=0), Setup(Flow(), (2,)))

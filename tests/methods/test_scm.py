@@ -3,13 +3,15 @@
 The toys are the card's: two modes on a line, and one, in TrigFlow and scaled to unit variance.
 """
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from oracles import KINDS, PROCESSES, GaussianTeacher, MixtureTeacher, f64
 from small import keyed, labelled, unet_roles
-from toys import Counted, distil, pretrained, sliced_wasserstein
+from tiny import final_tensors, tiny_recipe, unequal
+from toys import Counted, FastDraws, distil, pretrained, sliced_wasserstein
 
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.prediction import Prediction, target
@@ -17,12 +19,15 @@ from stepdistill.diffusion.process import Flow, TableVP, Trig, like
 from stepdistill.diffusion.sampler import SamplerSpec, steps
 from stepdistill.diffusion.times import LogNormal
 from stepdistill.losses.consistency import direction, moved_by, normalised, scm_tangent, trig, trig_output
-from stepdistill.methods.base import Batch, Sample, Setup
+from stepdistill.methods.base import Batch, Sample, Setup, Update
 from stepdistill.methods.scm import SCM, SCMConfig
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.roles import Role
 from stepdistill.models.tangent import along
+from stepdistill.models.variance import LogVariance
 from stepdistill.recipe import OptimRecipe
+from stepdistill.training import checkpoint, loop
 
 COUNT, SD = 32, 0.7
 MIDDLE = LogNormal(-0.3, 0.5)                                                # levels that every process reaches
@@ -229,6 +234,84 @@ def test_impossible_values(options):
         SCMConfig(**options)
 
 
+# ---- the learned log-variance
+
+def with_variance() -> SimpleNamespace:
+    """A student whose every time leaves another residual, and v."""
+    m = roles(Trig())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        m.variance = LogVariance().double()
+    return m
+
+
+def test_at_its_optimum_the_variance_is_the_mean_square_residual_of_each_time():
+    """v alone descends the method's loss with c = .5, under which residuals differ from time to time by more than w does."""
+    method, m, keys = scm(adaptive_weight=True, c=0.5), with_variance(), lambda at: FastDraws(0, range(COUNT), at)
+    optimizer = torch.optim.Adam(m.variance.parameters(), 0.1)
+    for at in range(400):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - at / 400)
+        optimizer.zero_grad()
+        method.student_loss(m, real(at), keys(at)).value.backward()
+        optimizer.step()
+    residuals = []
+    for log_k in (-1.0, -0.5, 0.0, 0.4):
+        plain = scm(c=0.5, times=LogNormal(log_k, 1e-6))                                            # its loss is the mean of w·|g|²
+        residuals.append(sum(float(plain.student_loss(m, real(i), keys(i)).value.detach()) for i in range(1000, 1020)) / 20)
+        t = Trig().time_of(f64([-2 * log_k]))
+        with torch.no_grad():
+            assert float(m.variance(Trig().alpha(t), Trig().sigma(t)).exp()) == pytest.approx(residuals[-1], rel=0.1)
+    assert max(residuals) > 3 * min(residuals)
+
+
+def test_a_variance_divides_the_loss():
+    """With v = b: exp(-b)·l + b, the student's gradient exp(-b) of what it was, and 1 - exp(-b)·l for b itself."""
+    m, (plain, grad) = with_variance(), step(roles(Trig()), scm())
+    for b in (0.0, 0.7):
+        torch.nn.init.constant_(m.variance.linear.bias, b)
+        m.variance.zero_grad()
+        value, other = step(m, scm(adaptive_weight=True))
+        divided = plain * torch.tensor(-b).exp().item()
+        assert value == pytest.approx(divided + b)
+        torch.testing.assert_close(other, grad * f64(-b).exp())
+        assert float(m.variance.linear.bias.grad) == pytest.approx(1 - divided)
+
+
+def test_a_variance_is_finite_at_both_ends_and_0_at_first():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        v = LogVariance()
+    alpha, sigma = f64([0.0, 1.0, 0.6]), f64([1.0, 0.0, 0.8])
+    assert v(alpha, sigma).tolist() == [0, 0, 0]
+    torch.nn.init.normal_(v.linear.weight)
+    found = v(alpha, sigma)
+    assert found.dtype == torch.float32
+    assert bool(torch.isfinite(found).all())
+    assert len(set(found.tolist())) == 3
+
+
+def test_the_variance_is_a_role_of_its_own():
+    """Off by default; with it one backward pass moves both."""
+    assert set(SCM.needs(SCMConfig())) == {"teacher", "student"}
+    assert scm().plan(0) == (Update("student", ("student",)),)
+    assert SCM.needs(SCMConfig(adaptive_weight=True))["variance"] == Role(trains=True, source="variance")
+    assert scm(adaptive_weight=True).plan(7) == (Update("student", ("student", "variance")),)
+
+
+def test_a_variance_is_saved_and_resumed(tmp_path):
+    """A run cut after two of four steps goes on as if it had not been, v, its features and its moments included."""
+    options = {"method__adaptive_weight": True, "method__warmup": 0, "optim__variance__lr": 1e-2, "steps": 4, "keep": 2}
+    assert loop.start(tiny_recipe(tmp_path, "scm", **options), tmp_path / "whole").finished
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(checkpoint.listed(tmp_path / "cut" / loop.CHECKPOINTS)[-1])
+    assert loop.resume(tmp_path / "cut").finished
+    whole = final_tensors(tmp_path / "whole")
+    assert unequal(whole, final_tensors(tmp_path / "cut")) == []
+    assert {"role/variance/rates", "role/variance/phases", "role/variance/linear.weight"} <= set(whole)
+    assert any(name.startswith("optim/variance/") for name in whole)
+    assert float(whole["role/variance/linear.weight"].abs().max()) > 0
+
+
 STD = (0.3 * 0.3**2 + 0.7 * 0.5**2 + 0.3 * 0.7 * 3.5**2) ** 0.5
 LINE = MixtureTeacher(Trig(), "v", means=f64([-2.0, 1.5]) / STD, stds=f64([0.3, 0.5]) / STD)
 HUMP = MixtureTeacher(Trig(), "v", f64([1.0]), f64([0.3]), f64([1.0]))
@@ -250,6 +333,7 @@ def measured(teacher: MixtureTeacher, student: Denoiser) -> tuple[float, float, 
     return float((one - teacher.flow_map(z, 1.0, 0.0)).abs().mean()), float(one.std()), sliced_wasserstein(two, data)
 
 
+@pytest.mark.judges("scm")
 def test_two_modes_in_small():
     """120 updates of 256 from a denoiser that puts out the mean: an error of .87, SW2 .64 and no width."""
     error, std, distance = measured(LINE, trained(LINE, 300, 120, 256))

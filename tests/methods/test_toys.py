@@ -114,6 +114,7 @@ def test_untrained_student_is_the_mean(ring_start):
     assert sliced_wasserstein(x, RING.data(8192, torch.Generator().manual_seed(5))) == pytest.approx(0.97, abs=0.05)
 
 
+@pytest.mark.judges("dmd2")
 @pytest.mark.parametrize(("steps", "gan", "students"), [(1, 0.0, 200), (1, 3e-3, 200), (4, 0.0, 400)], ids=["one", "GAN", "four"])
 def test_dmd2_on_the_ring(ring_start, steps, gan, students):
     """T15 in small (batches of 256 instead of 512, a sixth or a third of the updates): all modes, SW2 below .2.
@@ -126,6 +127,7 @@ def test_dmd2_on_the_ring(ring_start, steps, gan, students):
     assert near > 0.5
 
 
+@pytest.mark.judges("sid")
 def test_sid_on_the_ring(ring_start):
     """In small (400 updates of 256 instead of 3000 of 512)."""
     distance, modes, near = sid_on_the_ring(ring_start, 400, 256)
@@ -138,6 +140,7 @@ def swiftbrush_on_the_ring(start: Denoiser, steps: int, batch: int, **options) -
     return on_the_ring(SwiftBrush(SwiftBrushConfig(**options), Setup(Flow(), (2,))), start, steps, batch)
 
 
+@pytest.mark.judges("swiftbrush")
 def test_swiftbrush_on_the_ring(ring_start):
     """In small: 200 updates of 256 instead of 3000 of 512, with three of the fake score each, which such a short run needs."""
     distance, modes, near = swiftbrush_on_the_ring(ring_start, 600, 256, fake_updates=3)
@@ -147,8 +150,11 @@ def test_swiftbrush_on_the_ring(ring_start):
 
 
 def guided_on_four(method: Method, start: Denoiser, w: float, steps: int, batch: int,
-                   judge: nn.Module | None = None) -> tuple[float, float]:
-    """Mean and std, along its own axis, of what the distilled student makes of class 0, the teacher guided by w. Exact: 1.5 and .3."""
+                   judge: nn.Module | None = None, lines: list[dict[str, float]] | None = None) -> tuple[float, float]:
+    """Mean and std, along its own axis, of what the distilled student makes of class 0, the teacher guided by w. Exact: 1.5 and .3.
+
+    `lines` as in `toys.train`.
+    """
     roles = toy_roles(method.needs(method.cfg), replace(Oracle(FOUR).denoiser(), guidance=w), start, judge=judge)
 
     def labelled(draws) -> Batch:
@@ -156,12 +162,13 @@ def guided_on_four(method: Method, start: Denoiser, w: float, steps: int, batch:
         return Batch({"main": Sample(Conditioning({"class_labels": labels}, {"class_labels": torch.full_like(labels, 4)}), labels=labels)})
 
     optim = {"student": OptimRecipe(5e-4, schedule="linear", decay_from=0.5), "fake": OptimRecipe(1e-3)}
-    train(method, roles, optim, steps, lambda step, update: FastDraws(0, range(batch), step, update), labelled)
+    train(method, roles, optim, steps, lambda step, update: FastDraws(0, range(batch), step, update), labelled, lines=lines)
     cond = Conditioning({"class_labels": torch.zeros(4096, dtype=torch.long)})
     x = sample(roles.student, method.sampler(), cond, FastDraws(7, range(4096)), (2,))[:, 0]
     return float(x.mean()), float(x.std())
 
 
+@pytest.mark.judges("pgsb")
 def test_random_guidance_bakes_none_in(four_start):
     """Both scores share each w, so that none of it stays in the student: PG-SB's class is the teacher's plain one."""
     mean, std = guided_on_four(PGSB(PGSBConfig(fake_updates=5), Setup(Flow(), (2,))), four_start, 1.0, 500, 256)
@@ -176,6 +183,7 @@ class Axis(nn.Module):
         return torch.cosine_similarity(pictures, FOUR.means[labels].to(pictures), dim=1)
 
 
+@pytest.mark.judges("swiftbrush_v2")
 def test_a_judge_that_is_soon_satisfied_leaves_the_class_as_it_is(four_start):
     """SwiftBrush v2: 98 % of a class lie within .45 rad of its axis, a cosine of .9."""
     method = SwiftBrushV2(SwiftBrushV2Config(fake_updates=5, align_weight=1.0, align_above=0.9), Setup(Flow(), (2,)))
@@ -184,6 +192,7 @@ def test_a_judge_that_is_soon_satisfied_leaves_the_class_as_it_is(four_start):
     assert std == pytest.approx(0.3, abs=0.12)
 
 
+@pytest.mark.judges("decoupled_dmd")
 def test_decoupled_guidance_on_four_classes(four_start):
     """Card 3 in small: at w = 3 the class moves out along its axis and stays bounded."""
     mean, std = guided_on_four(DecoupledDMD(DecoupledDMDConfig(), Setup(Flow(), (2,))), four_start, 3.0, 300, 256)
@@ -203,6 +212,7 @@ def dp_dmd_on_the_ring(start: Denoiser, students: int, batch: int, weight: float
     return sliced_wasserstein(x, RING.data(8192, torch.Generator().manual_seed(5))), *modes_covered(x, RING), float(agree)
 
 
+@pytest.mark.judges("dp_dmd")
 def test_dp_dmd_on_the_ring(ring_start):
     distance, modes, near, agree = dp_dmd_on_the_ring(ring_start, 50, 256, 0.05)
     assert modes == 8
@@ -224,6 +234,7 @@ def tdm_on_the_ring(start: Denoiser, steps: int, batch: int, target: str) -> tup
     return float(rung.std()), sliced_wasserstein(rung, exact), sliced_wasserstein(x, x0), modes_covered(x, RING)[0]
 
 
+@pytest.mark.judges("tdm")
 def test_tdm_on_the_ring(ring_start):
     """In small (350 updates of 256 instead of 3000 of 512); the exact std at t = .5 is .705, from below."""
     std, rung, distance, modes = tdm_on_the_ring(ring_start, 350, 256, "subinterval")
@@ -247,6 +258,7 @@ def phased_on_the_ring(start: Denoiser, steps: int, batch: int, experts: bool, s
     return float(state.std()), sliced_wasserstein(state, exact), sliced_wasserstein(x, x0), *modes_covered(x, RING)
 
 
+@pytest.mark.judges("phased_dmd")
 @pytest.mark.parametrize(("experts", "steps"), [(True, 500), (False, 300)])
 def test_phased_dmd_on_the_ring(ring_start, experts, steps):
     """In small (50 student updates of 256 for each phase, or 30 of a shared student, not 600 of 512); the exact std at t = .75 is .79."""
@@ -267,6 +279,7 @@ def flash_on_the_line(start: Denoiser, updates: int, batch: int, steps: int = 3,
     return float((x - exact).abs().mean()), float(x.std() / exact.std()), float((x < -0.5).double().mean())
 
 
+@pytest.mark.judges("imagine_flash")
 def test_imagine_flash_on_the_line(line_start):
     """Setting M in small: with the sample's own noise both modes stay; with fresh noise all collapses to one point."""
     error, spread, minority = flash_on_the_line(line_start, 100, 256)
@@ -292,6 +305,7 @@ def consistency_on_the_line(start: Denoiser, updates: int, batch: int, seed: int
     return error_on_the_line(distil(method, LINE, start, optim, updates, batch, seed).student)
 
 
+@pytest.mark.judges("consistency")
 def test_consistency_on_the_line(line_start):
     """Setting M in small (800 updates of 256 instead of 3000 of 512)."""
     before = error_on_the_line(line_start)[0]
@@ -334,10 +348,10 @@ def test_swiftbrush_at_setting_r():
 def test_decoupled_dmd_at_the_cards_setting():
     """Card 3: at w = 3 mean 2.4 and std 1.1 along the axis; without guidance 1.49 and .30."""
     method, start = DecoupledDMD(DecoupledDMDConfig(), Setup(Flow(), (2,))), pretrained(FOUR, 128, 3000, labels=True)
-    mean, std = guided_on_four(method, start, 1.0, 7500, 512)
+    mean, std = guided_on_four(method, start, 1.0, 7500, 512, lines=[])
     assert mean == pytest.approx(1.49, abs=0.03)
     assert std == pytest.approx(0.30, abs=0.03)
-    mean, std = guided_on_four(method, start, 3.0, 7500, 512)
+    mean, std = guided_on_four(method, start, 3.0, 7500, 512, lines=[])
     assert mean == pytest.approx(2.4, abs=0.2)
     assert std == pytest.approx(1.1, abs=0.2)
 
@@ -346,7 +360,7 @@ def test_decoupled_dmd_at_the_cards_setting():
 def test_random_guidance_at_the_same_setting():
     """No figure of the card: the fixed point is the teacher's plain class, 1.5 and .30, though w reaches 4."""
     method = PGSB(PGSBConfig(fake_updates=5), Setup(Flow(), (2,)))
-    mean, std = guided_on_four(method, pretrained(FOUR, 128, 3000, labels=True), 1.0, 3000, 512)
+    mean, std = guided_on_four(method, pretrained(FOUR, 128, 3000, labels=True), 1.0, 3000, 512, lines=[])
     assert mean == pytest.approx(1.5, abs=0.03)
     assert std == pytest.approx(0.3, abs=0.03)
 

@@ -66,14 +66,19 @@ SQUARED = {"huber": 10.0, "times": LogNormal(0.1, 2.0)}              # in one di
 
 
 @pytest.mark.parametrize("method", [
-    LCM(LCMConfig(), on_the_line(1)), PCM(PCMConfig(), on_the_line(4)), ECT(ECTConfig(double_every=40, **SQUARED), on_the_line(1)),
-    Progressive(ProgressiveConfig(start=8), on_the_line(2))], ids=["lcm", "pcm", "ect", "progressive"])
+    pytest.param(LCM(LCMConfig(), on_the_line(1)), marks=pytest.mark.judges("lcm")),
+    pytest.param(PCM(PCMConfig(), on_the_line(4)), marks=pytest.mark.judges("pcm")),
+    pytest.param(ECT(ECTConfig(double_every=40, **SQUARED), on_the_line(1)), marks=pytest.mark.judges("ect")),
+    pytest.param(Progressive(ProgressiveConfig(start=8), on_the_line(2)), marks=pytest.mark.judges("progressive"))],
+    ids=["lcm", "pcm", "ect", "progressive"])
 def test_samples_come_closer_to_where_the_flow_takes_their_noise(short_start, method):
     spec = method.sampler()
     assert measured(short(method, short_start), spec)[0] < 2 / 3 * measured(short_start, spec)[0]
 
 
-@pytest.mark.parametrize("method", [TCD(TCDConfig(), on_the_line(4)), TDD(TDDConfig(dropout=0), on_the_line(4))], ids=["tcd", "tdd"])
+@pytest.mark.parametrize("method", [
+    pytest.param(TCD(TCDConfig(), on_the_line(4)), marks=pytest.mark.judges("tcd")),
+    pytest.param(TDD(TDDConfig(dropout=0), on_the_line(4)), marks=pytest.mark.judges("tdd"))], ids=["tcd", "tdd"])
 def test_samples_with_fresh_noise_come_closer_to_the_data(short_start, method):
     spec = method.sampler()
     assert measured(short(method, short_start), spec)[1] < 2 / 3 * measured(short_start, spec)[1]

@@ -33,6 +33,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "dmd2-teacher-of-two": ("dmd2", {**FIVE, "method__gan_weight": 0, "teacher__path": "two"}),
     "add": ("add", {k: v for k, v in FIVE.items() if k != "method__fake_updates"}),                 # differentiates its head twice
     "consistency": ("consistency", {k: v for k, v in FIVE.items() if k != "method__fake_updates"}),
+    "ctm": ("ctm", {**{k: v for k, v in FIVE.items() if k != "method__fake_updates"}, "method__points": 6, "method__solver_steps": 1,
+                    "method__gan_weight": 1.0, "method__adaptive_denoise": True, "optim__disc__lr": 1e-3}),     # norms of the whole batch
 }
 GRADIENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradients-dmd2": ("dmd2", {"batch_size": 8}), "gradients-consistency": ("consistency", {"batch_size": 8}),

@@ -28,7 +28,7 @@ from stepdistill.recipe import OptimRecipe
 from stepdistill.training import checkpoint, look, loop, measure
 from stepdistill.training.assemble import assemble
 from stepdistill.training.ema import Ema
-from stepdistill.training.optim import Optimizers, rate
+from stepdistill.training.optim import Optimizers, change, rate, some_of
 
 DATA_FREE = {"method__gan_weight": 0}
 
@@ -61,6 +61,10 @@ def test_the_average_follows_the_student_and_nobody_else(base: Path, tmp_path: P
     tensors = final_tensors(tmp_path / "run")
     torch.testing.assert_close(tensors["ema/conv_in.weight"], average, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(average, tensors["role/student/conv_in.weight"], atol=1e-5)
+    averages = {name: value for name, value in tensors.items() if name.startswith("ema/")}
+    apart = sum((value - tensors[f"role/student/{name[4:]}"]).square().sum() for name, value in averages.items())
+    size = sum(value.square().sum() for value in averages.values())
+    assert log_lines(tmp_path / "run")[-1]["ema/distance"] == pytest.approx(float(apart / size) ** 0.5, rel=1e-4)
 
 
 def test_no_average_where_none_is_asked_for(base: Path) -> None:
@@ -96,6 +100,16 @@ def test_every_role_counts_its_own_updates(base: Path, tmp_path: Path, monkeypat
     loop.start(tiny_recipe(base, **DATA_FREE, optim=optim, checkpoint_every=6), tmp_path / "run")
     assert used["student"] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
     assert used["fake"] == pytest.approx([6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3])
+
+
+def test_the_share_and_the_size_of_a_change() -> None:
+    """Of 1002 weights all but the first two move, by a tenth of what most of them are; a large tensor is known by some of its numbers."""
+    weights = [torch.nn.Parameter(torch.tensor([0.0, 3.0])), torch.nn.Parameter(torch.full((1000,), 2.0))]
+    before = some_of(weights)
+    assert change(before, weights) == (0.0, 0.0)
+    with torch.no_grad():
+        weights[1] += 0.2
+    assert change(before, weights) == pytest.approx((1000 / 1002, 0.2 * 1000**0.5 / (9 + 4 * 1000) ** 0.5), rel=1e-5)
 
 
 def test_clipping_is_per_role(base: Path) -> None:
