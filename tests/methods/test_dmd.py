@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from confusion import record
 from oracles import GaussianTeacher, MixtureTeacher, f64
 from small import COUNT, AffineStudent, keyed, labelled, student_gradient, unet_roles
 from torch import Tensor
 from toys import Counted, FastDraws, Mlp, Oracle, draw_student, pretrained, run_of, toy_roles, train
 
-from stepdistill.diagnose import case_of, judge
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.process import Flow, Karras, LinearVP, NoiseProcess, TableVP
 from stepdistill.diffusion.sampler import SamplerSpec, start
@@ -213,18 +211,14 @@ def second_mode(score: Denoiser, updates: int, reg_weight: float, batch: int = 2
 
 @pytest.mark.judges("dmd")
 def test_pairs_find_the_mode_that_scores_lose(score):
-    """In small. The scores at s < .5 say nothing of a mode where the student has never been; regression is half-way there.
+    """In small. The scores at s < .5 say nothing of a mode where the student has never been; regression takes a share across, .46 here.
 
-    On that way the samples grow apart, and the gap and the fake score's loss with them: `diagnose` takes it for a fake score that lags. The
-    table has that alarm.
+    After 200 updates it is on its way: .08 on one processor, more than .15 on another.
     """
     share, near = second_mode(score, 200, 0.0, 128)
     assert share == 0
     assert near > 0.95
-    lines: list[dict[str, float]] = []
-    share, _ = second_mode(score, 200, 0.25, 128, lines)
-    record("", "DMD", [finding.illness for finding in judge(case_of(lines))])
-    assert share > 0.15
+    assert second_mode(score, 400, 0.25, 128)[0] > 0.25
 
 
 @pytest.mark.slow
