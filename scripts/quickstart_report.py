@@ -26,15 +26,19 @@ def main(run: Path, count: Annotated[int | None, typer.Option(help="pictures; de
     name, world = chosen.teacher.path.partition("/")[0], worlds.world_of(chosen.teacher.path)
     if world is None or world.protocol is None:
         raise typer.BadParameter(f"the teacher of {run} has no stored scores: use `stepdistill export` and `stepdistill eval`")
-    stored = {path: json.loads(path.read_text())["protocol"]["count"] for path in worlds.stored_results(name)}
-    count = count or min(stored.values())
+    stored = {path: json.loads(path.read_text()) for path in worlds.stored_results(name)}
+    count = count or min(result["protocol"]["count"] for result in stored.values())
+    teachers = sorted((path for path, result in stored.items() if result["protocol"]["count"] == count),
+                      key=lambda path: -int(stored[path]["sampler"]["nfe"]))
+    if not teachers:
+        raise typer.BadParameter(f"no score of the teacher is stored for {count} pictures")
     if not student.exists():
         export(run, student)
     steps, results = chosen.student.steps, []
     for n in (steps, *(fewer for fewer in (2, 1) if fewer < steps)):
         results.append(run / "results" / f"student_{n}.json")
-        evaluate(str(student), world.protocol, count, results[-1], steps=None if n == steps else n)
-    shown = [*(path for path, pictures in stored.items() if pictures == count), *results]
+        evaluate(str(student), world.protocol, count, results[-1], steps=None if n == steps else n, against=str(teachers[0]))
+    shown = [*teachers, *results]
     compare(shown, report, [run])
     add_results(student, shown)
     print(f"\npictures and scores: {report / 'report.html'}, {report / 'report.md'}, {report / 'samples.png'}\n"

@@ -110,6 +110,8 @@ class ExamRecipe:
     count: int = 500                                     # pictures of each exam, once of the average and once of the raw weights
     seed: int = 1_000_000                                # of their noise: not one that the final score uses
     best: Literal["kid", "frechet"] = "kid"              # the distance whose smallest value marks the best checkpoint
+    extractor: str | None = None                         # of distances to the teacher's own pictures: dinov2-s14, ...; default: the world's
+                                                         # protocol where there is one, else the random features of `tiny`
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.count < 50 or not 0 <= self.seed < 2**63:

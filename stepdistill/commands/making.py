@@ -38,7 +38,7 @@ def train(
     Ctrl-C saves and exits with 130; `--resume RUN` continues bit for bit.
     """
     from stepdistill import recipe
-    from stepdistill.eval.exam import examine
+    from stepdistill.eval.exam import examine, judge_of
     from stepdistill.training import loop
 
     if resume is not None:
@@ -53,6 +53,8 @@ def train(
             return _dry_run(chosen, as_json)
         if out is None:
             raise ValueError("name a new folder for the run with --out")
+        if chosen.exam.every:
+            judge_of(chosen.exam.extractor)                                      # what is missing is told before anything is trained
         outcome = loop.start(chosen, out, (examine,))
     if int(os.environ.get("RANK", "0")) == 0:
         done = f"{outcome.step} of {outcome.steps} steps in {outcome.folder}"

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import final_tensors, log_lines, snapshot, tiny_file, tiny_recipe, tiny_run, unequal
+from torch import Tensor
 
 from stepdistill import recipe as recipes
 from stepdistill.cli import run as command
 from stepdistill.diagnose import mismatch
 from stepdistill.eval import exam, metrics, protocol, score
 from stepdistill.eval.exam import examine
-from stepdistill.eval.extractors import Tiny, extract
+from stepdistill.eval.extractors import EXTRACTORS, Tiny, extract
 from stepdistill.eval.generate import generate
 from stepdistill.eval.models import open_model
 from stepdistill.export import export
@@ -164,10 +165,35 @@ def test_a_world_is_examined_by_its_own_protocol(tmp_path: Path) -> None:
 @pytest.mark.parametrize("classes", [0, 1, 2, 3, 10, 11, 1000])
 def test_any_number_of_classes_or_prompts(classes: int) -> None:
     images = torch.randint(0, 256, (50, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    found = exam.to_teacher(images, extract(Tiny(), 255 - images, 50)[0][:40], classes)
+    found = exam.to_teacher(images, extract(Tiny(), 255 - images, 50)[0][:40], classes, Tiny())
     assert {estimate.n for estimate in found.values()} == {50}
     assert {estimate.groups for estimate in found.values()} == {25 if classes in (0, 1, 2) or classes > 10 else 50 // classes}
     assert all(estimate.se > 0 for estimate in found.values())
+
+
+class Louder(Tiny):
+    """Another extractor than tiny."""
+
+    name = "lou-der"
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return 2 * super().features(images)[0], None
+
+
+def test_an_extractor_of_the_recipes_choice(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capfd: pytest.CaptureFixture[str]) -> None:
+    """In its features, beside the teacher's own pictures; a name that there is not, or missing weights, are told before the run begins."""
+    monkeypatch.setitem(EXTRACTORS, "lou-der", Louder)
+    run = tiny_run(base, **{**OPTIONS, "exam": {"every": 2, "count": 50, "extractor": "lou-der"}})
+    found = exam.marks(run, None, tmp_path)
+    plain = exam.marks(tiny_run(base, **OPTIONS), None, tmp_path / "plain")
+    assert set(found) == {"frechet_lou_der_teacher", "kid_lou_der_teacher"}
+    assert found["frechet_lou_der_teacher"].value == pytest.approx(4 * plain["frechet_tiny_teacher"].value, rel=1e-6)
+    recipe = tiny_file(base, **OPTIONS)
+    for name, words in (("dinosaur", "exam.extractor: there is no 'dinosaur'; there are"), ("dinov2-l14", "dinov2-l14")):
+        assert command(["train", "--config", str(recipe), f"exam.extractor={name}", "--out", str(tmp_path / "run")]) == 2
+        assert words in capfd.readouterr().err.strip().splitlines()[-1]
+        assert not (tmp_path / "run").exists()
 
 
 # ---- what is kept
