@@ -18,7 +18,7 @@ from stepdistill.eval.evaluate import ranks
 from stepdistill.eval.extractors import embed
 from stepdistill.eval.measures import KINDS, Seen
 from stepdistill.eval.precision import exact
-from stepdistill.eval.protocol import Measure, Protocol, Real
+from stepdistill.eval.protocol import PROTOCOLS, Measure, Protocol, Real
 
 ANSWERS = ("is", "accuracy")                            # kinds of measures that read a classifier's answers, which are not kept
 
@@ -40,8 +40,8 @@ def measure_again(path: Path, also: Sequence[str], to: Path, *, reference: Path 
     result = score.read_result(path)
     old, asked = Protocol.from_dict(result["protocol"]), result.get("asked", {})
     card = cards.find(old.name)
-    if card is None:
-        raise ValueError(f"{path} is of the shipped protocol {old.name!r}: score the model itself with --also")
+    if card is None and (reference or prompts):
+        raise ValueError(f"protocol {old.name!r} brings all that it needs: leave --reference and --prompts out")
     for measure in map(cards.measure, also):
         _refuse_unseen(path, old, measure)
     protocol = cards.extended(old, also)
@@ -50,8 +50,13 @@ def measure_again(path: Path, also: Sequence[str], to: Path, *, reference: Path 
     if protocol == old:
         raise ValueError("there is nothing to add: name a measure that is not there yet with --also KIND:EXTRACTOR")
     added = {name: measure for name, measure in protocol.plan.items() if name not in old.plan}
-    found = _reference(path, old, protocol, card, _first(reference, asked.get("reference"), _beside(path, card, asked.get("against"))))
-    protocol = protocol if found is None else replace(protocol, set_reference=cards.set_reference(card, protocol, found))
+    real: Mapping[str, Real] = {}
+    if card is None:
+        real = PROTOCOLS[old.name].reference()
+    elif wanted := [name for name, measure in added.items() if KINDS[measure.kind].real]:
+        place = _first(reference, asked.get("reference"), _beside(path, card, asked.get("against")))
+        found = _reference(path, old, card, place, wanted[0], protocol)
+        real, protocol = found.real, replace(protocol, set_reference=cards.set_reference(card, protocol, found))
     texts = _texts(path, protocol, card, score.readers(added), _first(prompts, asked.get("prompts")), device)
 
     needed = {old.extractor, *(measures.key_of(measure, old) for measure in added.values())}
@@ -61,7 +66,6 @@ def measure_again(path: Path, also: Sequence[str], to: Path, *, reference: Path 
     if pictures is None:
         raise FileNotFoundError(f"{score.samples_path(path)} is missing: put it back, or score the model again")
     answers: score.Answers = {key: (tensors["features"], None) for key, tensors in {old.extractor: first, **kept}.items()}
-    real: Mapping[str, Real] = {} if found is None else found.real
     more = score.measure_all(added, answers, real, texts, Seen(protocol, Measure("", ""), first["labels"]))
     estimates = {name: measures.estimate(block) for name, block in result["metrics"].items()}
     pairs = {name: tensor for name, tensor in first.items() if name in measures.rows_kept(old)}
@@ -116,26 +120,26 @@ def _beside(path: Path, card: Card, against: str | None) -> Path:
     return teachers.reference_path(Path(against) if against.endswith(".json") else teachers.made_beside(path))
 
 
-def _reference(path: Path, old: Protocol, protocol: Protocol, card: Card, place: Path | None) -> references.Stored | None:
-    """What the result was scored against, None where no further measure looks at it."""
-    added = [name for name, measure in protocol.plan.items() if name not in old.plan and KINDS[measure.kind].real]
-    if not added:
-        return None
+def _reference(path: Path, old: Protocol, card: Card, place: Path | None, wanted: str, protocol: Protocol) -> references.Stored:
+    """What the result was scored against, which the measure of the name `wanted` looks at."""
     if place is None or not place.is_file():
-        raise FileNotFoundError(f"{added[0]} is a distance to the reference of {path}, which is not at {place}: name it with --reference")
+        raise FileNotFoundError(f"{wanted} is a distance to the reference of {path}, which is not at {place}: name it with --reference")
     found = references.read(place, protocol)
     if found.sha256 != old.reference_sha256 or cards.set_reference(card, old, found) != old.set_reference:
         raise ValueError(f"{place} is another reference than the one of {path}: name that one with --reference")
     return found
 
 
-def _texts(path: Path, protocol: Protocol, card: Card, readers: Sequence[str], prompts: Path | None,
+def _texts(path: Path, protocol: Protocol, card: Card | None, readers: Sequence[str], prompts: Path | None,
            device: torch.device | str) -> dict[str, Tensor]:
     """Embeddings of the result's prompts by the networks that must read them."""
     if not readers:
         return {}
-    texts = cards.prompts_of(card, Brought(prompts=prompts))
-    if cards.digest_of_prompts(texts) != protocol.prompts_sha256:
-        raise ValueError(f"{path} was scored with other prompts than those of {prompts or card.place}: name them with --prompts")
+    if card is None:
+        texts = PROTOCOLS[protocol.name].prompts()[: protocol.prompts]
+    else:
+        texts = cards.prompts_of(card, Brought(prompts=prompts))
+        if cards.digest_of_prompts(texts) != protocol.prompts_sha256:
+            raise ValueError(f"{path} was scored with other prompts than those of {prompts or card.place}: name them with --prompts")
     judges = score.judges_of(protocol, readers, device)
     return {name: embed(judges[name], texts, protocol.batch_size) for name in readers}

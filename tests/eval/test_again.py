@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from results import make_result
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import snapshot, tiny_teacher
@@ -16,8 +17,9 @@ from torch.nn import functional
 
 from stepdistill.cli import run
 from stepdistill.diffusion.draws import key
-from stepdistill.eval import cards, extractors, generate, score, weights
+from stepdistill.eval import cards, extractors, generate, metrics, score, weights
 from stepdistill.eval.extractors import Tiny
+from stepdistill.eval.protocol import Protocol, fashion_reference
 from stepdistill.images import save_png, to_image
 
 TAUGHT = ["--protocol", "teacher-only", "--extractor", "tiny", "--count", "60", "--steps", "2", "--guidance", "1.5"]
@@ -203,3 +205,17 @@ def test_what_lies_beside_must_be_whole_and_its_own(taught: Path, tmp_path: Path
     score.samples_path(path).unlink()
     assert f"{score.samples_path(path)} is missing" in said()
     assert not (tmp_path / "x.json").exists()
+
+
+def test_a_result_of_a_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whose real data nobody needs to name."""
+    path = make_result(tmp_path, "a", "a", 1, 0.1)
+    blind(monkeypatch)
+    assert ask("eval", path, "--also", "density:fashion", "--to", tmp_path / "b.json") == 0
+    result, before = score.read_result(tmp_path / "b.json"), score.read_result(path)
+    features = load_file(score.features_path(path, "fashion"))["features"]
+    expected = metrics.density_estimate(features, fashion_reference().test_features)
+    assert result["metrics"] == {**before["metrics"], "density_fashion": expected.to_dict()}
+    assert result["protocol_hash"] == cards.extended(Protocol.from_dict(before["protocol"]), ["density:fashion"]).hash
+    assert ask("eval", path, "--also", "density:fashion", "--prompts", "p.txt", "--to", tmp_path / "c.json") == 2
+    assert "brings all that it needs" in capfd.readouterr().err
