@@ -32,6 +32,7 @@ PROPERTIES = {INK: "--ink", GREY: "--grey", LINE: "--line", PAPER: "--paper", TE
 PER_CLASS = 2                                           # columns of each class in a figure of samples
 NFE, MS = "network evaluations per picture", "milliseconds per picture"
 COST, CLASS_WIDTH, CURVE = (4.0, 3.3), 4.4, (3.2, 2.2)  # inches of the page's figures: small, so that a phone does not shrink their text
+LETTERS, HANDLE = 40, 6                                 # letters in a row of a curve's legend, and what a piece of line takes of them
 MANY, LONG = 6, 24                                      # names and characters of one that have room beside the points
 WIDE = 8                                                # largest over smallest value from which an axis is logarithmic
 
@@ -227,7 +228,7 @@ def plot_classes(classes: Sequence[str], dots: Sequence[Dots], xlabel: str, *, r
 def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], logarithmic: bool = False) -> Figure:
     """Small: logged values over steps, pale where there are many, with their running median; one line a name."""
     figure = Figure(figsize=CURVE, layout="constrained")
-    axes, kinds = figure.subplots(), {name.partition("/")[0] for name in curves}
+    axes, labels = figure.subplots(), _short(list(curves))
     drawn = [value for points in curves.values() for _, value in points]
     if logarithmic and min(drawn) > 0 and max(drawn) > WIDE * min(drawn):
         axes.set_yscale("log")
@@ -238,7 +239,7 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], logarithmic: 
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
         calm = [statistics.median(values[max(0, i - window) : i + window + 1]) for i in range(len(values))]
         axes.plot(steps, calm, color=colour, linewidth=1.7, linestyle=dashes, marker="" if window else "o", markersize=4,
-                  label=name.partition("/")[2 if len(kinds) == 1 else 0])
+                  label=labels[name])
     _plain(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if axes.get_yscale() == "linear":                   # by itself it would change its ticks with the room that was made for them
@@ -246,8 +247,18 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], logarithmic: 
     _tidy(axes)
     axes.set_xlabel("step", color=INK)
     if len(curves) > 1:
-        figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9, labelcolor=INK, handlelength=1.8, columnspacing=1)
+        columns = max(1, min(4, LETTERS // (HANDLE + max(map(len, labels.values())))))
+        figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=INK, handlelength=1.8, columnspacing=1)
     return figure
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """What tells curves apart: the role where that differs, else the name without its role and the words that all begin with."""
+    if len({name.partition("/")[0] for name in names}) > 1:
+        return {name: name.partition("/")[0] for name in names}
+    words = [name.partition("/")[2].split("_") for name in names]
+    alike = next((i for i, each in enumerate(zip(*words, strict=False)) if len(set(each)) > 1), min(map(len, words)))
+    return {name: "_".join(each[min(alike, len(each) - 1):]) for name, each in zip(names, words, strict=True)}
 
 
 def plot_samples(pictures: Sequence[tuple[str, Tensor]], classes: Sequence[str]) -> Figure:

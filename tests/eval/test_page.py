@@ -164,6 +164,10 @@ def test_no_text_leaves_its_figure(four):
     figures += [charts.plot_quality(many, charts.NFE, size=charts.COST) for many in (long[:2], long)]
     figures += [charts.plot_classes(names, dots, "squared distance of mean features to real ones", real=[0.1] * 10),
                 charts.plot_curves({f"grad/{role}": [(0, 0.01), (9000, 5.0)] for role in ("disc", "fake", "student")}, logarithmic=True)]
+    drawn = [(0, 0.01), (9000, 5.0)]
+    figures += [charts.plot_curves({f"critic/disc_accuracy{side}": drawn for side in ("", "_real", "_generated")}),
+                charts.plot_curves({f"student/score_gap_s{s}": drawn for s in ("00", "25", "50", "75")}),
+                charts.plot_curves({f"look/{name}": drawn for name in ("contrast", "saturation", "sharpness", "spread")})]
     for figure in figures:
         figure.draw_without_rendering()
         (left, bottom), (right, top) = figure.bbox.get_points()
