@@ -139,7 +139,7 @@ def test_the_page_is_accessible(four):
         assert mark in words, mark
     assert "≠ torch" not in words
     drawn = len(page.all("svg"))
-    assert drawn == 2 + 2 + 9                                                   # costs, classes, curves in the quickstart's log
+    assert drawn == 2 + 2 + 11                                                  # costs, classes, curves in the quickstart's log
     assert len(page.all("img")) == 10 * 4                                       # classes and models
 
 
