@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,7 @@ def main(run: Path, count: Annotated[int | None, typer.Option(help="pictures; de
     steps, results = chosen.student.steps, []
     for n in (steps, *(fewer for fewer in (2, 1) if fewer < steps)):
         results.append(run / "results" / f"student_{n}.json")
-        evaluate(str(student), world.protocol, count, results[-1], steps=None if n == steps else n, against=str(teachers[0]))
+        evaluate(str(student), world.protocol, count, results[-1], steps=None if n == steps else n, against=os.path.relpath(teachers[0]))
     shown = [*teachers, *results]
     compare(shown, report, [run])
     add_results(student, shown)
