@@ -107,6 +107,7 @@ def plot_quality(points: Sequence[Point], xlabel: str, title: str = "", size: tu
     if min(values) > 0 and max(values) > WIDE * min(values):
         axes.set_yscale("log")
     colours, labels = palette(points), []
+    # strict=False here and below: the names end, the cycles do not
     markers = dict(zip((s for s, colour in colours.items() if colour != TEACHER), cycle(MARKERS), strict=False))
     for series, colour in colours.items():
         line = sorted((p for p in points if p.series == series), key=lambda p: p.x)
@@ -257,6 +258,7 @@ def _short(names: Sequence[str]) -> dict[str, str]:
     if len({name.partition("/")[0] for name in names}) > 1:
         return {name: name.partition("/")[0] for name in names}
     words = [name.partition("/")[2].split("_") for name in names]
+    # up to the end of the shortest
     alike = next((i for i, each in enumerate(zip(*words, strict=False)) if len(set(each)) > 1), min(map(len, words)))
     return {name: "_".join(each[min(alike, len(each) - 1):]) for name, each in zip(names, words, strict=True)}
 

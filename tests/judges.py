@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -12,12 +12,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_fidelity import feature_extractor_inceptionv3 as theirs
 
+from stepdistill.diffusion.draws import key
 from stepdistill.eval import weights
+from stepdistill.eval.extractors import Tiny
 
 State = dict[str, Tensor]
 LETTERS = [chr(c) for c in range(ord("!"), ord("~") + 1)]
 WORDS = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
 CONTEXT = 24
+
+
+class TinyClip(Tiny):
+    """Random embeddings of pictures and of words."""
+
+    prefix = ""
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return functional.normalize(super().features(images)[0], dim=1), None
+
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        drawn = [torch.rand(self.dim, generator=torch.Generator().manual_seed(key(prompt))) for prompt in prompts]
+        return functional.normalize(torch.stack(drawn), dim=1)
 
 
 def known_as(patch: pytest.MonkeyPatch, name: str, file: Path) -> Path:

@@ -8,35 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from judges import TinyClip
 from results import make_result
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import snapshot, tiny_teacher
-from torch import Tensor
-from torch.nn import functional
 
 from stepdistill.cli import run
-from stepdistill.diffusion.draws import key
 from stepdistill.eval import cards, extractors, generate, metrics, score, weights
-from stepdistill.eval.extractors import Tiny
 from stepdistill.eval.protocol import Protocol, fashion_reference
 from stepdistill.images import save_png, to_image
 
 TAUGHT = ["--protocol", "teacher-only", "--extractor", "tiny", "--count", "60", "--steps", "2", "--guidance", "1.5"]
 MORE = ["--also", "precision:tiny", "--also", "density:tiny"]
-
-
-class TinyClip(Tiny):
-    """Random embeddings of pictures and of words."""
-
-    prefix = ""
-
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        return functional.normalize(super().features(images)[0], dim=1), None
-
-    def text(self, prompts: list[str]) -> Tensor:
-        drawn = [torch.rand(self.dim, generator=torch.Generator().manual_seed(key(prompt))) for prompt in prompts]
-        return functional.normalize(torch.stack(drawn), dim=1)
 
 
 def ask(*words: str | Path) -> int:

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from judges import TinyClip
 from torch import Tensor
-from torch.nn import functional
 
 from stepdistill.cli import run
 from stepdistill.data.prompts import read_prompts
-from stepdistill.diffusion.draws import key
 from stepdistill.eval import cards, diversity, extractors, measures, protocol, references, score, weights
 from stepdistill.eval.cards import CARDS, Brought, draft
 from stepdistill.eval.extractors import Tiny
@@ -22,19 +21,6 @@ from stepdistill.eval.pictures import Pictures
 from stepdistill.worlds import stored_results
 
 PROMPTS = tuple(f"a picture of thing {i}" for i in range(8))
-
-
-class TinyClip(Tiny):
-    """Random embeddings of pictures and of words."""
-
-    prefix = ""
-
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        return functional.normalize(super().features(images)[0], dim=1), None
-
-    def text(self, prompts: list[str]) -> Tensor:
-        drawn = [torch.rand(self.dim, generator=torch.Generator().manual_seed(key(prompt))) for prompt in prompts]
-        return functional.normalize(torch.stack(drawn), dim=1)
 
 
 class TinyClassifier(Tiny):
