@@ -178,6 +178,15 @@ def test_no_text_leaves_its_figure(four):
                 assert (box.x0 > left - 1, box.x1 < right + 1, box.y0 > bottom - 1, box.y1 < top + 1) == (True,) * 4, text.get_text()
 
 
+def test_legends_leave_out_what_all_names_begin_with():
+    def legend(*names: str) -> list[str]:
+        return [text.get_text() for text in charts.plot_curves({name: [(0, 1.0)] for name in names}).legends[0].get_texts()]
+
+    assert legend("student/score_gap_s00", "student/score_gap_s25") == ["s00", "s25"]
+    assert legend("critic/disc_accuracy", "critic/disc_accuracy_real") == ["accuracy", "real"]
+    assert legend("grad/fake", "grad/student") == ["fake", "student"]
+
+
 def test_many_models_are_shown_a_few_abreast(four):
     rows = [{**four.value["rows"][i % 4], "label": f"model {i}"} for i in range(tables.ABREAST + 1)]
     found = [table for table in tables.by_class({**four.value, "rows": rows}) if table.title.startswith("Distance")]
