@@ -245,21 +245,27 @@ def judge(name: str, difference: Estimate, pictures: int | None = None, p: float
 
 
 def differences(rows: Sequence[Row], paired: Mapping[str, Pairing | OverSeeds]) -> list[dict[str, Any] | None]:
-    """Paired difference of each row to the first, by metric, where both kept their features; None for the first row.
+    """Paired difference of each row to the first, by metric, where both kept their features; None for the first row."""
+    return [None, *judged(subtracted(rows, paired), rows[0].result["protocol"]["count"])]
 
-    Where the rows that have such differences are `tables.many`, each difference has a p value, too, adjusted for their number (Holm).
-    """
-    count, out = rows[0].result["protocol"]["count"], []
-    found = {str(i): {name: e for name, pairing in paired.items() if (e := pairing.difference(i, 0)) is not None}
-             for i in range(1, len(rows))}
-    adjusted = {name: alignment.holm({row: alignment.p_value(each[name]) for row, each in found.items() if name in each})
-                for name in paired} if many(sum(map(bool, found.values()))) else {}
-    for row, each in found.items():
-        p = {name: adjusted[name][row] for name in each if adjusted}
-        out.append({name: {"delta": e.value, "corrected": e.corrected, "se": e.se, "ci95": list(e.ci95),
-                           "verdict": judge(name, e, count, p.get(name, 0.0)), **({"p_holm": p[name]} if adjusted else {})}
-                    for name, e in each.items()})
-    return [None, *out]
+
+def subtracted(rows: Sequence[Row], paired: Mapping[str, Pairing | OverSeeds]) -> list[dict[str, Estimate]]:
+    """Every further row minus the first, by metric, where both kept their features."""
+    return [{name: e for name, pairing in paired.items() if (e := pairing.difference(i, 0)) is not None} for i in range(1, len(rows))]
+
+
+def judged(found: Sequence[Mapping[str, Estimate]], count: int) -> list[dict[str, Any]]:
+    """Differences of several rows to one, of `count` pictures, with what they show. Where the rows that have some are `tables.many`, each
+    difference has a p value, too, adjusted for their number (Holm)."""
+    adjusted = {name: alignment.holm({str(row): alignment.p_value(each[name]) for row, each in enumerate(found) if name in each})
+                for name in {name: None for each in found for name in each}} if many(sum(map(bool, found))) else {}
+    told = []
+    for row, each in enumerate(found):
+        p = {name: adjusted[name][str(row)] for name in each if adjusted}
+        told.append({name: {"delta": e.value, "corrected": e.corrected, "se": e.se, "ci95": list(e.ci95),
+                            "verdict": judge(name, e, count, p.get(name, 0.0)), **({"p_holm": p[name]} if adjusted else {})}
+                     for name, e in each.items()})
+    return told
 
 
 def best(rows: Sequence[Row], name: str, pairing: Pairing | OverSeeds) -> int | None:

@@ -1,6 +1,7 @@
 """A league: every method of a world trained at one budget of network passes, sampled in 1, 2 and 4 calls, and scored by one protocol.
 
-What is finished is kept in the league's folder and never done twice; a run that was interrupted goes on where it stopped.
+Two folders: runs, students and features lie in one; the other gets the results of what is finished, small JSON files alone, and has the
+table beside it. What it holds is never done again, wherever the first has gone. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from stepdistill import pairs, worlds
+from stepdistill import diagnose, pairs, worlds
 from stepdistill import recipe as recipes
-from stepdistill.eval import charts, models, report, score, tables
+from stepdistill.eval import charts, measures, models, report, score, tables
 from stepdistill.eval.evaluate import evaluate
 from stepdistill.export import export
 from stepdistill.methods import METHODS
@@ -32,6 +33,8 @@ CALLS = (1, 2, 4)                                       # in which a student is 
 COST = {"none": 1, "input": 2, "weights": 3}            # of a forward pass, and of the two halves of a backward pass beside it
 PAIRED = 1 / 6                                          # of the budget of a method that reads pairs: what they may cost
 PAIR_STEPS = 10                                         # of the ODE that makes them, by dpmpp_2m
+LOG = "log.jsonl"
+TEACHER = "teacher, "                                   # and a solver: a baseline's name
 BASELINES = [(solver, calls) for solver in ("ddim", "dpmpp_2m") for calls in (1, 2, 4, 8, 50)]
 
 
@@ -101,39 +104,54 @@ def entry(world: str, name: str, folder: Path, budget: int = BUDGET) -> Entry:
     return Entry(name, chosen, each, paired)
 
 
-def play(world: str, out: Path, names: Sequence[str] = (), budget: int = BUDGET, count: int = 2000,
-         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> list[dict[str, Any]]:
-    """Train, export and score what is missing of the league in `out`; returns its rows, baselines first.
+def play(world: str, out: Path, to: Path, names: Sequence[str] = (), budget: int = BUDGET, count: int = 2000,
+         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> dict[str, Any]:
+    """Train, export and score what is missing of the league in `to`, in the folder `out`; the table is written anew after each method.
 
-    A method that fails keeps its row, with the error. Raises ValueError for a name that has no recipe, or a folder of another budget.
+    A method that fails keeps its row, with the error. Returns the table's content. Raises ValueError for a name that has no recipe, or a
+    folder of another budget.
     """
     known, exam = members(world), exam_of(world)
     if unknown := [n for n in names if n not in known]:
         raise ValueError(f"no recipe {world}/{unknown[0]}; there are {', '.join(known)}")
-    terms = {"world": world, "budget": budget, "count": count}
-    out.mkdir(parents=True, exist_ok=True)
-    written = out / "league.json"
-    if written.is_file() and (before := json.loads(written.read_text())) != terms:
-        raise ValueError(f"{out} is a league of other terms ({before}): choose another --out")
-    write_atomically(written, json.dumps(terms) + "\n")
+    terms, held = {"world": world, "budget": budget, "count": count}, to / "terms.json"
+    if held.is_file() and (before := json.loads(held.read_text())) != terms:
+        raise ValueError(f"{to} is a league of other terms ({before}): choose another --to")
+    _write(held, json.dumps(terms) + "\n")
     for solver, calls in BASELINES:
-        path = out / "teacher" / f"{solver}_{calls}.json"
-        if not path.is_file():
+        if not (to / _baseline(solver, calls)).is_file():
             say(f"teacher, {solver}, {calls} steps")
-            evaluate(f"teacher:{world}", exam, count, path, steps=calls, solver=solver)
+            _score(f"teacher:{world}", exam, count, out, to, _baseline(solver, calls), calls, solver)
     for name in names or known:
-        if not (out / name / "row.json").is_file():
-            say(f"{name}")
-            write_atomically(out / name / "row.json", json.dumps(_row(world, name, out / name, budget, count), indent=1) + "\n")
-    return rows(out)
+        if not (to / name / "row.json").is_file():
+            say(name)
+            row = _row(world, name, out, to, budget, count)
+            _write(to / name / "row.json", json.dumps(row, indent=1) + "\n")
+            publish(to)
+    return publish(to)
 
 
-def _row(world: str, name: str, folder: Path, budget: int, count: int) -> dict[str, Any]:
+def _baseline(solver: str, calls: int) -> str:
+    return f"teacher/{solver}_{calls}.json"
+
+
+def _score(model: str, exam: str, count: int, out: Path, to: Path, file: str, calls: int, solver: str | None = None) -> None:
+    """Evaluate into `out`, with features, and put the result itself into `to`."""
+    evaluate(model, exam, count, out / file, steps=calls, solver=solver)
+    _write(to / file, (out / file).read_text())
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+
+
+def _row(world: str, name: str, out: Path, to: Path, budget: int, count: int) -> dict[str, Any]:
     """Everything of one method. A numerical failure or a refusal of its own is a row, too; other errors are raised."""
-    method, part = METHODS[name], entry(world, name, folder, budget)
+    method, part = METHODS[name], entry(world, name, out / name, budget)
     row: dict[str, Any] = {"name": name, "title": method.title, "arxiv": method.arxiv, "family": method.family, "steps": part.recipe.steps,
                            "passes": part.passes, "results": {}}
-    run, student = folder / "run", folder / "student"
+    run, student = out / name / "run", out / name / "student"
     try:
         outcome = loop.resume(run) if (run / loop.RECIPE).is_file() else loop.start(part.recipe, run)
         if not outcome.finished:
@@ -152,56 +170,73 @@ def _row(world: str, name: str, folder: Path, budget: int, count: int) -> dict[s
             except ValueError as error:                                         # its sampler has its own number of steps
                 row["results"][str(calls)] = {"left_out": str(error)}
                 continue
-            evaluate(str(student), exam_of(world), count, folder / f"{calls}.json", steps=calls)
-            row["results"][str(calls)] = {"file": f"{name}/{calls}.json"}
+            file = f"{name}/{calls}.json"
+            _score(str(student), exam_of(world), count, out, to, file, calls)
+            row["results"][str(calls)] = {"file": file, "difference": _difference(world, name, out, to, file, calls, count)}
     except (FloatingPointError, ValueError) as error:
         row["failed"] = str(error)
+        if (run / LOG).is_file():                                               # its curve is part of the row
+            _write(to / name / LOG, (run / LOG).read_text())
+    if (run / loop.RECIPE).is_file():
+        row["ill"] = [finding.illness for finding in diagnose.examine(run).findings]
     return row
 
 
-def rows(out: Path) -> list[dict[str, Any]]:
+def _difference(world: str, name: str, out: Path, to: Path, file: str, calls: int, count: int) -> dict[str, Any]:
+    """Paired, to the teacher in the most calls, whose pictures are made again where `out` does not hold their features."""
+    first = compared_with(rows(to))
+    solver, steps = first["name"].removeprefix(TEACHER), first["calls"]
+    theirs = out / _baseline(solver, steps)
+    if not theirs.is_file():
+        evaluate(f"teacher:{world}", exam_of(world), count, theirs, steps=steps, solver=solver)
+    pair = [_reported({**first, "file": theirs}), _reported({"name": name, "calls": calls, "passes": 0, "file": out / file,
+                                                             "result": score.read_result(out / file)})]
+    return {metric: e.to_dict() for metric, e in report.subtracted(pair, report.pairings(pair))[0].items()}
+
+
+def rows(to: Path) -> list[dict[str, Any]]:
     """One dictionary for each model and number of calls: `name, calls, file, result`, and of a method what its row says besides.
 
     Baselines come first. A method without any score has one entry, with result None.
     """
     table = []
     for solver, calls in BASELINES:
-        if (path := out / "teacher" / f"{solver}_{calls}.json").is_file():
-            table.append({"name": f"teacher, {solver}", "calls": calls, "file": path, "result": score.read_result(path)})
-    for path in sorted(out.glob("*/row.json")):
+        if (path := to / _baseline(solver, calls)).is_file():
+            table.append({"name": TEACHER + solver, "calls": calls, "file": path, "result": score.read_result(path)})
+    for path in sorted(to.glob("*/row.json")):
         row = json.loads(path.read_text())
-        scored = [(int(calls), out / found["file"]) for calls, found in row["results"].items() if "file" in found]
-        table += [{**row, "calls": calls, "file": file, "result": score.read_result(file)} for calls, file in scored]
+        scored = [(int(calls), found) for calls, found in row["results"].items() if "file" in found]
+        table += [{**row, "calls": calls, "file": to / found["file"], "difference": found["difference"],
+                   "result": score.read_result(to / found["file"])} for calls, found in scored]
         if not scored:
             table.append({**row, "calls": 0, "file": None, "result": None})
     return table
 
 
-def publish(out: Path, to: Path) -> dict[str, Any]:
-    """league.md, league.json and league.png in the folder `to`, from what the league in `out` holds; returns league.json's content.
+def compared_with(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The teacher's best row in the most calls, which students are held against."""
+    return min((r for r in table if "passes" not in r and r["calls"] == max(CALLS)), key=_head)
 
-    Every number comes from a result file; the differences to the teacher in four calls are paired (eval.report).
-    """
-    table = [row for row in rows(out) if row["result"]]
-    failed = [row for row in rows(out) if row["result"] is None]
-    if not any("passes" in row for row in table) or not any("passes" not in row for row in table):
-        raise ValueError(f"{out} holds no finished method and baseline yet")
-    terms = json.loads((out / "league.json").read_text())
-    first = min((r for r in table if "passes" not in r and r["calls"] == max(CALLS)), key=_head)
-    compared = [_reported(r) for r in [first, *(r for r in table if "passes" in r)]]
-    paired = iter(report.differences(compared, report.pairings(compared))[1:])
+
+def publish(to: Path) -> dict[str, Any]:
+    """TO.md, TO.json and TO.png of the rows in the folder `to`; returns TO.json's content. Every number comes from a result file."""
+    every = rows(to)
+    table, failed = [row for row in every if row["result"]], {row["name"]: row["failed"] for row in every if "failed" in row}
+    first = compared_with(table)
+    told = iter(report.judged([{name: measures.estimate(e) for name, e in r["difference"].items()} for r in table if "passes" in r],
+                              first["result"]["protocol"]["count"]))
     entries = [{"name": r["name"], "calls": r["calls"], "nfe": r["result"]["sampler"]["nfe"], "metrics": r["result"]["metrics"],
                 "ms_per_image": r["result"]["speed"]["ms_per_image"],
-                **{k: r[k] for k in ("family", "arxiv", "steps", "passes", "seconds", "bytes") if k in r},
-                "difference": next(paired) if "passes" in r else None} for r in table]
-    content = {**terms, "protocol": table[0]["result"]["protocol"], "protocol_hash": table[0]["result"]["protocol_hash"],
-               "compared_with": f"{first['name']}, {first['calls']} steps", "entries": entries,
-               "failed": {r["name"]: r.get("failed", "left out everywhere") for r in failed}}
-    to.mkdir(parents=True, exist_ok=True)
-    figure = plot(entries)
-    figure.savefig(to / "league.png", dpi=160)
-    write_atomically(to / "league.json", json.dumps(content, indent=1) + "\n")
-    write_atomically(to / "league.md", markdown(content))
+                **{k: r[k] for k in ("family", "arxiv", "steps", "passes", "seconds", "bytes", "ill") if k in r},
+                "difference": next(told) if "passes" in r else None} for r in table]
+    content = {**json.loads((to / "terms.json").read_text()), "protocol": first["result"]["protocol"],
+               "protocol_hash": first["result"]["protocol_hash"], "compared_with": f"{first['name']}, {first['calls']} steps",
+               "figure": f"{to.name}.png", "entries": entries,
+               "failed": {name: {"why": why, "log": f"{to.name}/{name}/{LOG}" if (to / name / LOG).is_file() else None}
+                                              for name, why in failed.items()}}
+    plot(entries).savefig(to.with_name(content["figure"]), dpi=160)
+    write_atomically(to.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+    write_atomically(to.with_suffix(".md"), markdown(content))
     return content
 
 
@@ -214,10 +249,10 @@ def _reported(row: dict[str, Any]) -> report.Row:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The page: terms, one line for each model and number of calls, what failed."""
+    """The page, which lies beside the folder of the rows: terms, one line for each model and number of calls, what failed."""
     names = list(content["entries"][0]["metrics"])
     heads = ["model", "calls", "NFE", *(f"{n} {tables.arrow(n)}" for n in names), "against the teacher in 4", "ms / image",
-             "passes", "MiB", "minutes"]
+             "passes", "MiB", "minutes", "diagnose finds"]
     lines = [f"# League of the {content['world']} world", "",
              f"Made by `stepdistill league --world {content['world']}`. Every student is made for 4 equal steps, or for the one step "
              f"that its method trains, trained for {content['budget']:,} passes of one sample (forward 1, backward to the input 1 more, to "
@@ -225,17 +260,18 @@ def markdown(content: dict[str, Any]) -> str:
              f"1, 2 and 4 of those calls where its sampler can; one run each, {content['count']:,} pictures, protocol "
              f"`{content['protocol_hash']}`. Errors are those of the generated sample. The paired difference in {names[0]} is to "
              f"{content['compared_with']}. NFE counts both halves of guidance.", "",
-             f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 1)}"]
+             f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 2)}:--|"]
     for e in content["entries"]:
         delta = (e["difference"] or {}).get(names[0])
         cells = [e["name"], str(e["calls"]), str(e["nfe"]),
                  *(tables.number(e["metrics"][n]["value"], e["metrics"][n]["se"]) for n in names),
-                 tables.number(delta["delta"], delta["se"]) if delta else "", f"{e['ms_per_image']:.2f}",
+                 f"{tables.number(delta['delta'], delta['se'])}, {delta['verdict']}" if delta else "", f"{e['ms_per_image']:.2f}",
                  f"{e['passes']:,}" if "passes" in e else "", f"{e['bytes'] / 2**20:.0f}" if "bytes" in e else "",
-                 f"{e['seconds'] / 60:.1f}" if "seconds" in e else ""]
+                 f"{e['seconds'] / 60:.1f}" if "seconds" in e else "", ", ".join(e.get("ill", []))]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [f"- {name} failed: {why}" for name, why in content["failed"].items()]
-    return "\n".join([*lines, "", f"![{names[0]} of every method](league.png)"]) + "\n"
+    lines += [f"| {name} |{' |' * (len(heads) - 2)} failed: {found['why']}{' ([log](' + found['log'] + '))' if found['log'] else ''} |"
+              for name, found in content["failed"].items()]
+    return "\n".join([*lines, "", f"![{names[0]} of every method]({content['figure']})"]) + "\n"
 
 
 def plot(entries: Sequence[dict[str, Any]]) -> Figure:

@@ -1,6 +1,7 @@
 """The league: what a step costs, that equal budgets are equal, and that a folder is filled once, resumed, and told honestly."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from stepdistill import league
 from stepdistill import recipe as recipes
+from stepdistill.eval.report import compare
 from stepdistill.methods import METHODS
 from stepdistill.training import loop
 
@@ -43,47 +45,65 @@ def test_members_are_methods_with_a_recipe():
         league.members("mars")
 
 
+TEACHERS = [("ddim", 1), ("ddim", 4)]
+
+
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("league") / "out"
+    """A folder with `runs` and, of what is finished, `kept`."""
+    folder = tmp_path_factory.mktemp("league")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(league, "BASELINES", [("ddim", 1), ("ddim", 4)])
-        league.play("fashion", out, ["consistency", "dmd2"], 700, 50)
-    return out
+        patch.setattr(league, "BASELINES", TEACHERS)
+        league.play("fashion", folder / "runs", folder / "kept", ["consistency", "dmd2"], 700, 50)
+    return folder
 
 
-def test_rows_and_page(played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(league, "BASELINES", [("ddim", 1), ("ddim", 4)])
-    content = league.publish(played, tmp_path / "docs")
+@pytest.fixture(autouse=True)
+def few_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(league, "BASELINES", TEACHERS)
+
+
+def test_rows_and_page(played: Path):
+    content = json.loads((played / "kept.json").read_text())
     named = {(e["name"], e["calls"]) for e in content["entries"]}
     assert {("teacher, ddim", 1), ("teacher, ddim", 4)} < named
     assert {name for name, _ in named} == {"teacher, ddim", "consistency", "dmd2"}
-    page = (tmp_path / "docs/league.md").read_text()
+    page = (played / "kept.md").read_text()
     for e in content["entries"]:
         file = f"teacher/ddim_{e['calls']}.json" if "teacher" in e["name"] else f"{e['name']}/{e['calls']}.json"
-        assert e["metrics"] == json.loads((played / file).read_text())["metrics"]
+        assert e["metrics"] == json.loads((played / "kept" / file).read_text())["metrics"]
         assert f"| {e['name']} | {e['calls']} |" in page
         if "passes" in e:
             assert 0.5 * 700 < e["passes"] < 1.5 * 700
-            assert set(e["difference"]) >= {"frechet_fashion"}
-    assert (tmp_path / "docs/league.png").stat().st_size > 5000
+            assert e["ill"] == []
+    assert (played / "kept.png").stat().st_size > 5000
+    assert "(kept.png)" in page
 
 
-def test_nothing_is_done_twice(played: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(league, "BASELINES", [("ddim", 1), ("ddim", 4)])
-    before = {p: p.stat().st_mtime_ns for p in played.rglob("*.json") if p.name != "league.json"}
+def test_differences_are_the_reports(played: Path, tmp_path: Path):
+    """What rows keep of the features, which stay behind, is what `compare` tells with them."""
+    report = compare([played / "runs/teacher/ddim_4.json", *(played / f"runs/{name}/4.json" for name in ("consistency", "dmd2"))], tmp_path)
+    told = {e["name"]: e["difference"] for e in json.loads((played / "kept.json").read_text())["entries"] if e["calls"] == 4}
+    for row, name in zip(report["rows"][1:], ("consistency", "dmd2"), strict=True):
+        assert told[name]["frechet_fashion"]["delta"] == pytest.approx(row["difference"]["frechet_fashion"]["delta"])
+        assert told[name]["frechet_fashion"]["se"] == pytest.approx(row["difference"]["frechet_fashion"]["se"])
+
+
+def test_nothing_is_done_twice_wherever_the_runs_have_gone(played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before = {p: p.read_bytes() for p in [*played.glob("kept/**/*.json"), played / "kept.json", played / "kept.md"]}
     monkeypatch.setattr(loop, "start", None)
-    league.play("fashion", played, ["consistency", "dmd2"], 700, 50)
-    assert before == {p: p.stat().st_mtime_ns for p in before}
+    league.play("fashion", tmp_path / "elsewhere", played / "kept", ["consistency", "dmd2"], 700, 50)
+    assert before == {p: p.read_bytes() for p in before}
+    assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(ValueError, match="other terms"):
-        league.play("fashion", played, [], 800, 50)
+        league.play("fashion", tmp_path, played / "kept", [], 800, 50)
     with pytest.raises(ValueError, match="no recipe fashion/nothing"):
-        league.play("fashion", played, ["nothing"], 700, 50)
+        league.play("fashion", tmp_path, played / "kept", ["nothing"], 700, 50)
 
 
-def test_an_interrupted_run_goes_on_and_a_failure_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(league, "BASELINES", [])
-    real, seen = loop.start, []
+def test_an_interrupted_run_goes_on_and_a_failure_is_a_row(played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, seen, kept = loop.start, [], tmp_path / "kept"
+    shutil.copytree(played / "kept", kept, ignore=shutil.ignore_patterns("consistency", "dmd2"))
 
     def interrupted(recipe, out):
         seen.append(recipe.steps)
@@ -92,10 +112,14 @@ def test_an_interrupted_run_goes_on_and_a_failure_is_a_row(tmp_path: Path, monke
 
     monkeypatch.setattr(loop, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        league.play("fashion", tmp_path, ["dmd2"], 300, 50)
-    league.play("fashion", tmp_path, ["dmd2"], 300, 50)
+        league.play("fashion", tmp_path / "runs", kept, ["dmd2"], 700, 50)
+    league.play("fashion", tmp_path / "runs", kept, ["dmd2"], 700, 50)
     assert len(seen) == 1, "the second call resumes"
-    assert json.loads((tmp_path / "dmd2/row.json").read_text())["results"]
-    league.play("fashion", tmp_path, ["consistency"], 300, 50)
-    assert "no finite gradient" in json.loads((tmp_path / "consistency/row.json").read_text())["failed"]
-    assert next(r for r in league.rows(tmp_path) if r["name"] == "consistency")["result"] is None
+    row = json.loads((kept / "dmd2/row.json").read_text())
+    assert row["results"]["4"]["difference"]["frechet_fashion"], "the teacher's were made again"
+    content = league.play("fashion", tmp_path / "runs", kept, ["consistency"], 700, 50)
+    assert "no finite gradient" in content["failed"]["consistency"]["why"]
+    assert next(r for r in league.rows(kept) if r["name"] == "consistency")["result"] is None
+    page = (tmp_path / "kept.md").read_text()
+    assert "failed: no finite gradient" in page
+    assert (tmp_path / content["failed"]["consistency"]["log"]).stat().st_size

@@ -199,8 +199,9 @@ def compare(
 
 def league(
     names: Annotated[list[str] | None, typer.Argument(metavar="[METHOD]...", help="default: all with a recipe in this world")] = None,
-    out: Annotated[Path, typer.Option(help="where runs, students and results are kept; what is there is not done again")] = Path("league"),
-    to: Annotated[Path | None, typer.Option(help="a folder for league.md, league.json and league.png; default: OUT/report")] = None,
+    out: Annotated[Path, typer.Option(help="runs, students and features; runs go on from here")] = Path("runs/league"),
+    to: Annotated[Path, typer.Option(help="results of what is finished, so not done again; the table is TO.md, TO.json and TO.png"
+                                     )] = Path("docs/league"),
     world: Annotated[str, typer.Option(help="whose recipes and protocol: fashion")] = "fashion",
     budget: Annotated[int | None, typer.Option(min=1, help="passes of one sample for each method; default: 600,000")] = None,
     count: Annotated[int, typer.Option(min=50, help="pictures for each score")] = 2000,
@@ -209,9 +210,8 @@ def league(
     """Train every method of a world at one budget, score its student in 1, 2 and 4 calls, and write the table. Hours; Ctrl-C and go on."""
     from stepdistill import league as playing
 
-    playing.play(world, out, names or (), budget or playing.BUDGET, count)
-    content = playing.publish(out, to or out / "report")
-    show(content, as_json, f"{len(content['entries'])} rows in {(to or out / 'report') / 'league.md'}")
+    content = playing.play(world, out, to, names or (), budget or playing.BUDGET, count)
+    show(content, as_json, f"{len(content['entries'])} rows in {to / 'league.md'}")
 
 
 def diagnose(
