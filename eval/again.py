@@ -71,7 +71,8 @@ def measure_again(path: Path, also: Sequence[str], to: Path, *, reference: Path 
     pairs = {name: tensor for name, tensor in first.items() if name in measures.rows_kept(old)}
     scored = score.Scored(estimates | {name: each.estimate for name, each in more.items()}, first["features"], first["labels"],
                           first.get("predicted"), {key: tensors["features"] for key, tensors in kept.items()},
-                          pairs | measures.packed(more), score.prompts_in(first))
+                          pairs | measures.packed(more), score.prompts_in(first),
+                          {name: measures.estimate(block) for name, block in result.get("shuffled", {}).items()} | score.shuffled(more))
     with exact():
         env = score.environment(device)
     brought = {name: str(file) for name, file in (("reference", reference), ("prompts", prompts)) if file is not None}

@@ -6,6 +6,7 @@ import io
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -29,7 +30,6 @@ MARKERS = ("o", "D", "^", "v", "P", "X", "p", "h")      # of students; the teach
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 PROPERTIES = {INK: "--ink", GREY: "--grey", LINE: "--line", PAPER: "--paper", TEACHER: "--teacher",
               **{colour: f"--series-{i}" for i, colour in enumerate(COLOURS)}}          # what page.html calls them
-PER_CLASS = 2                                           # columns of each class in a figure of samples
 NFE, MS = "network evaluations per picture", "milliseconds per picture"
 COST, CLASS_WIDTH, CURVE = (4.0, 3.3), 4.4, (3.2, 2.2)  # inches of the page's figures: small, so that a phone does not shrink their text
 LETTERS, HANDLE = 40, 6                                 # letters in a row of a curve's legend, and what a piece of line takes of them
@@ -263,33 +263,42 @@ def _short(names: Sequence[str]) -> dict[str, str]:
     return {name: "_".join(each[min(alike, len(each) - 1):]) for name, each in zip(names, words, strict=True)}
 
 
-def plot_samples(pictures: Sequence[tuple[str, Tensor]], classes: Sequence[str]) -> Figure:
-    """One strip a model, from its label and uint8 pictures (N, C, H, W), the same seeds in the same columns. Sample i has class i mod
-    classes."""
-    count = min(len(images) for _, images in pictures)
-    columns = [i for c in range(len(classes)) for i in range(c, count, len(classes))[:PER_CLASS]]
-    cell, gap, group = pictures[0][1].shape[-1], 2, 6                           # pixels: a picture, between pictures, between classes
-    lefts = [k * (cell + gap) + (columns[k] % len(classes)) * group for k in range(len(columns))]
-    width = lefts[-1] + cell
+def plot_samples(pictures: Sequence[tuple[str, Tensor]], groups: Sequence[tuple[str, Sequence[int]]]) -> Figure:
+    """One strip a model, from its label and uint8 pictures (N, C, H, W) of one size, grey or in colours; columns are the same samples.
+
+    `groups` are titles and the numbers of the samples under each; they stand a little apart.
+    """
+    high, wide = pictures[0][1].shape[-2:]
+    gap = max(2, wide // 14)                                                    # pixels between pictures; three of them between groups
+    spans, left = [], 0
+    for _, members in groups:
+        spans.append([left + k * (wide + gap) for k in range(len(members))])
+        left = spans[-1][-1] + wide + 3 * gap
+    width = left - 3 * gap
     scale, margin = 11 / width, 1.9                                             # inches per pixel, inches of labels
-    height = 0.42 + len(pictures) * (cell + 5) * scale
-    figure = Figure(figsize=(width * scale + margin + 0.15, height))
+    heads = [_folded(title, (span[-1] + wide + gap - span[0]) * scale) for (title, _), span in zip(groups, spans, strict=True)]
+    above, row = 0.16 + 0.14 * max(head.count("\n") + 1 for head in heads), (high + gap) * scale                # inches
+    across, height = 11 + margin + 0.15, above + 0.1 + len(pictures) * row
+    figure = Figure(figsize=(across, height))
     for number, (label, images) in enumerate(pictures):
-        strip = torch.full((cell, width), 255, dtype=torch.uint8)
-        for left, index in zip(lefts, columns, strict=True):
-            strip[:, left : left + cell] = images[index, 0]
-        bottom, across = height - 0.3 - (number + 1) * (cell + 5) * scale, figure.get_figwidth()
-        axes = figure.add_axes((margin / across, bottom / height, width * scale / across, cell * scale / height))
-        axes.imshow(strip.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+        strip = torch.full((high, width, 3), 255, dtype=torch.uint8)
+        for (_, members), span in zip(groups, spans, strict=True):
+            for x, index in zip(span, members, strict=True):
+                strip[:, x : x + wide] = images[index].permute(1, 2, 0)
+        axes = figure.add_axes((margin / across, (height - above - (number + 1) * row) / height, 11 / across, high * scale / height))
+        axes.imshow(strip.numpy(), interpolation="nearest", aspect="auto")
         axes.set_axis_off()
         name, _, rest = label.partition(", ")
         axes.text(-0.012, 0.5, f"{shortened(name, LONG)}\n{rest}", transform=axes.transAxes, ha="right", va="center", fontsize=9.5,
                   color=INK)
-        if number == 0:
-            for c, title in enumerate(classes):
-                ends = [left for left, index in zip(lefts, columns, strict=True) if index % len(classes) == c]
-                axes.text((ends[0] + ends[-1] + cell) / 2, -5, title, ha="center", va="bottom", fontsize=9, color=INK)
+        for head, span in zip(heads, spans, strict=True) if number == 0 else ():
+            axes.text((span[0] + span[-1] + wide) / 2, -0.05 / scale, head, ha="center", va="bottom", fontsize=9, color=INK)
     return figure
+
+
+def _folded(title: str, inches: float) -> str:
+    """A title in up to three lines, for text of nine points."""
+    return "\n".join(textwrap.wrap(title, max(6, int(inches * 14)), max_lines=3, placeholder="…"))
 
 
 def svg(figure: Figure, name: str, words: str) -> str:

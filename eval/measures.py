@@ -53,11 +53,13 @@ class Seen:
 
 @dataclass(frozen=True)
 class Found:
-    """An estimate, and what it is paired by: values with each group left out, or of each sample, prompt or disjoint set (n,)."""
+    """An estimate, and what it is paired by: values with each group left out, or of each sample, prompt or disjoint set (n,). `shuffled` is
+    the estimate of the same pictures, each told the next prompt."""
 
     estimate: Estimate
     left: LeftOut | None = None
     values: Tensor | None = None
+    shuffled: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,10 @@ def _inception(seen: Seen) -> Found:
 
 def _clip(seen: Seen) -> Found:
     images = by_prompt(_some(seen.features), seen.protocol)
-    values = alignment.clip_scores(images, _some(seen.texts)[: len(images)], seen.measure.convention)
-    return Found(metrics.bootstrap_mean(values), values=values)
+    texts, convention = _some(seen.texts)[: len(images)], seen.measure.convention
+    values = alignment.clip_scores(images, texts, convention)
+    others = alignment.clip_scores(images, texts.roll(-1, 0), convention)
+    return Found(metrics.bootstrap_mean(values), values=values, shuffled=metrics.mean_estimate(others))
 
 
 def _together(seen: Seen) -> Tensor:

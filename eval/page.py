@@ -88,7 +88,8 @@ def assemble(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]], 
         notes.append(f"Without features beside its result, and so without paired differences: {'; '.join(alone)}.")
     return Page(
         title=tables.title(report), lead=lead, warning=tables.warning(report), judged=[row for row in rows if row["verdict"]], notes=notes,
-        scores=[tables.scores(report), *tables.without_bias(report)], glossary=tables.glossary(report), paired=tables.paired(report),
+        scores=[tables.scores(report), *tables.without_bias(report), *tables.shuffled(report)], glossary=tables.glossary(report),
+        paired=tables.paired(report),
         costs=_costs(report), prompted="prompts" in protocol, class_charts=_class_charts(report), class_tables=tables.by_class(report),
         grids=_grids(report, pictures),
         runs=[(training, _curves(training, f"run{i}")) for i, training in enumerate(trainings)],

@@ -39,10 +39,9 @@ from stepdistill.eval.metrics import Estimate
 from stepdistill.eval.pairing import OverSeeds, Pairing
 from stepdistill.eval.protocol import Protocol, fashion_reference, told_apart
 from stepdistill.eval.tables import arrow, delta, enough, many, markdown, number, p_value, plural
-from stepdistill.images import grid, save_png
 from stepdistill.worlds.fashion.data import CLASSES
 
-SHOWN = 8                                               # pictures of each row, where they have no classes
+SHOWN, PER_CLASS = 10, 2                                # pictures of each row of samples.png, or of each class where these are few
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,10 @@ def compare(results: list[Path], to: Path, runs: Sequence[Path] = (), speed: Pat
         for name, points, axis in drawn:
             if points:
                 charts.plot_quality(points, axis, title).savefig(temporary / name, dpi=160)
-        grey = all(images.shape[1] == 1 for _, images in pictures)
-        if pictures and (names := report["classes"]["names"]) and tables.few_classes(names) and grey:
-            charts.plot_samples(pictures, names).savefig(temporary / "samples.png", dpi=160)
-        elif pictures:
-            alike = [images[:SHOWN] for _, images in pictures if images.shape[1:] == pictures[0][1].shape[1:]]
-            save_png(grid(torch.cat(alike), SHOWN), temporary / "samples.png")
+        if pictures:
+            alike = [(label, images) for label, images in pictures if images.shape[1:] == pictures[0][1].shape[1:]]
+            groups = _columns(report["classes"]["names"], rows[0].prompts, min(len(images) for _, images in alike))
+            charts.plot_samples(alike, groups).savefig(temporary / "samples.png", dpi=160)
         (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         (temporary / "report.md").write_text(markdown(report, with_samples=bool(pictures)), encoding="utf-8")
         (temporary / "report.html").write_text(page.html(page.assemble(report, pictures, trainings)), encoding="utf-8")
@@ -160,6 +157,13 @@ def compare(results: list[Path], to: Path, runs: Sequence[Path] = (), speed: Pat
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
+
+
+def _columns(classes: Sequence[str], prompts: Sequence[str], count: int) -> list[tuple[str, list[int]]]:
+    """Which of the first `count` samples are shown, under what: some of every class where these are few, or else the first ones."""
+    if classes and tables.few_classes(classes) and count >= len(classes):
+        return [(name, list(range(c, count, len(classes)))[:PER_CLASS]) for c, name in enumerate(classes)]
+    return [(prompts[i] if prompts else "", [i]) for i in range(min(SHOWN, count))]
 
 
 def _refuse_mixed(loaded: Sequence[seeds.Loaded], over_seeds: bool) -> None:
@@ -354,6 +358,7 @@ def gather(rows: Sequence[Row], speed: timings.Timings | None = None) -> dict[st
              "difference": difference, "wins": _wins(paired, i) if i else None, "classes": _by_class(row, protocol, real),
              "features": all(each.kept is not None for each in row.each), "teacher": row.result["teacher"],
              "memory": row.result.get("memory"), "judges": _judged(row, rows[0]), "groups": row.result.get("groups"),
+             "shuffled": row.result.get("shuffled", {}),
              **provenance.origin(row.result), "seeds": seeds.told(row.group) if row.group else None,
              "commands": [provenance.command(each.result, each.path.name) for each in row.each]}
             for i, (row, ms, difference) in enumerate(zip(rows, clocked, differences(rows, paired), strict=True))]

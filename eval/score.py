@@ -35,7 +35,8 @@ Answers = dict[str, tuple[Tensor, Tensor | None]]       # features (N, d) and lo
 @dataclass(frozen=True)
 class Scored:
     """Estimates by metric name, and what they came from: the first extractor's features (N, d), labels (N,), its answers (N,) if it is a
-    classifier, the other features by `measures.key_of`, what pairs results (`measures.packed`), and the prompts."""
+    classifier, the other features by `measures.key_of`, what pairs results (`measures.packed`), the prompts, and by metric what those that
+    read prompts give where every picture is told the next one."""
 
     metrics: dict[str, Estimate]
     features: Tensor
@@ -44,6 +45,7 @@ class Scored:
     further: Mapping[str, Tensor] = field(default_factory=dict)
     pairs: Mapping[str, Tensor] = field(default_factory=dict)
     prompts: Sequence[str] = ()
+    shuffled: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 def score(images: Tensor | Pictures, labels: Tensor, protocol: Protocol, reference: Real | Mapping[str, Real] | None = None, *,
@@ -69,7 +71,12 @@ def score(images: Tensor | Pictures, labels: Tensor, protocol: Protocol, referen
     found = measure_all(protocol.plan, answers, real, texts, Seen(protocol, Measure("", ""), labels, pictures=seen, distance=distance))
     features, logits = answers.pop(protocol.extractor)
     return Scored({name: each.estimate for name, each in found.items()}, features, labels, None if logits is None else logits.argmax(1),
-                  {key: others for key, (others, _) in answers.items()}, measures.packed(found), tuple(prompts))
+                  {key: others for key, (others, _) in answers.items()}, measures.packed(found), tuple(prompts), shuffled(found))
+
+
+def shuffled(found: Mapping[str, Found]) -> dict[str, Estimate]:
+    """What those measures give that read prompts, where every picture is told the next one."""
+    return {name: each.shuffled for name, each in found.items() if each.shuffled is not None}
 
 
 def _real(protocol: Protocol, reference: Real | Mapping[str, Real] | None) -> Mapping[str, Real]:
@@ -201,6 +208,7 @@ def write_result(path: Path, protocol: Protocol, scored: Scored, *, model: Mappi
         "metrics": {name: estimate.to_dict() for name, estimate in scored.metrics.items()}, "paired": dict(paired or {}),
         "teacher": None if teacher is None else dict(teacher), "speed": dict(speed), "env": dict(env), "started": started,
         "seconds": seconds, "samples": samples_path(path).name, **(blocks or {}),
+        **({"shuffled": {name: estimate.to_dict() for name, estimate in scored.shuffled.items()}} if scored.shuffled else {}),
     }
     text = json.dumps(result, indent=2) + "\n"                                  # before anything is written: it may refuse a value
     _save(kept, features_path(path, protocol.extractor), protocol.hash)

@@ -175,6 +175,16 @@ def without_bias(report: Mapping[str, Any]) -> list[Table]:
     return [Table("Without bias", note, ("model", *(f"{name} {arrow(name)}" for name in names)), rows)] if names else []
 
 
+def shuffled(report: Mapping[str, Any]) -> list[Table]:
+    """What measures that read prompts give where every picture is told the next one; none where no row tells that, or rows are of several
+    seeds."""
+    names = list(dict.fromkeys(name for row in report["rows"] if not row["seeds"] for name in row["shuffled"]))
+    note = "The same pictures, each held against the next picture's prompt: what a model gets that does not listen. Chance, not zero."
+    rows = [(row["label"], *(number(found["value"], found["se"]) if (found := row["shuffled"].get(name)) else "" for name in names))
+            for row in report["rows"]]
+    return [Table("With another's prompt", note, ("model", *names), rows)] if names else []
+
+
 def scores(report: Mapping[str, Any]) -> Table:
     """Every metric of every row."""
     names = list(report["rows"][0]["metrics"])
@@ -407,7 +417,7 @@ def markdown(report: Mapping[str, Any], with_samples: bool) -> str:
     lines += ["", *(f"- `{name}`: {words}" for name, words in glossary(report).items())]
     if judged := [row for row in report["rows"] if row["verdict"]]:
         lines += ["", "## In words", "", *(f"- {row['label']}: {row['verdict']['text']}" for row in judged)]
-    for table in (*without_bias(report), *paired(report), *by_class(report)):
+    for table in (*without_bias(report), *shuffled(report), *paired(report), *by_class(report)):
         lines += ["", f"## {table.title}", *(["", table.note] if table.note else []), "", *_lines(table)]
     lines += _health(report["runs"])
     if any(row["nfe"] for row in report["rows"]):

@@ -11,18 +11,21 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from stepdistill import diagnose, pairs, worlds
+from stepdistill import diagnose, methods, pairs, worlds
 from stepdistill import recipe as recipes
+from stepdistill.diffusion.times import trailing
 from stepdistill.eval import charts, measures, models, report, score, tables
 from stepdistill.eval.evaluate import evaluate
 from stepdistill.export import export
 from stepdistill.methods import METHODS
 from stepdistill.methods.base import Pairs
+from stepdistill.models.load import is_prompted
 from stepdistill.recipe import ExamRecipe, Recipe
 from stepdistill.training import loop, measure
 from stepdistill.training.assemble import assemble
@@ -34,13 +37,12 @@ COST = {"none": 1, "input": 2, "weights": 3}            # of a forward pass, and
 PAIRED = 1 / 6                                          # of the budget of a method that reads pairs: what they may cost
 PAIR_STEPS = 10                                         # of the ODE that makes them, by dpmpp_2m
 LOG = "log.jsonl"
-TEACHER = "teacher, "                                   # and a solver: a baseline's name
 BASELINES = [(solver, calls) for solver in ("ddim", "dpmpp_2m") for calls in (1, 2, 4, 8, 50)]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One method's part: its recipe, cut to the budget, what one step of it costs in passes of one sample, and what its pairs cost."""
+    """One recipe's part: the recipe cut to the budget, what one step of it costs in passes of one sample, and what its pairs cost."""
 
     name: str
     recipe: Recipe
@@ -60,6 +62,12 @@ def members(world: str) -> list[str]:
     if not found:
         raise ValueError(f"no method has a recipe for the world {world!r}; worlds: {', '.join(sorted({n.split('/')[0] for n in known}))}")
     return found
+
+
+def known(world: str) -> list[str]:
+    """Every recipe of a world that begins at a teacher, by its short name without the world."""
+    found = (full.removeprefix(f"{world}/") for full in recipes.names() if full.startswith(f"{world}/"))
+    return [name for name in found if not methods.find(recipes.load(f"{world}/{name}").method["name"]).finishes]
 
 
 def exam_of(world: str) -> str:
@@ -84,13 +92,16 @@ def cost(recipe: Recipe, rounds: int = 4) -> float:
 
 
 def entry(world: str, name: str, folder: Path, budget: int = BUDGET) -> Entry:
-    """The method's recipe, its student made for the most calls in equal steps from noise, with as many steps as the budget pays for.
+    """The recipe, its student made for the most calls in equal steps from its first time, with as many steps as the budget pays for.
 
     A method of one call keeps its recipe's student. What a method reads of pairs is made here, in `folder`, resumably, and paid for first.
     """
-    chosen, method = recipes.load(f"{world}/{name}"), METHODS[name]
+    chosen = recipes.load(f"{world}/{name}")
+    method = methods.find(chosen.method["name"])
     if not method.one_step:
-        chosen = replace(chosen, student=replace(chosen.student, steps=max(CALLS), times=None))
+        own = chosen.student.times
+        times = tuple(own[0] * t for t in trailing(max(CALLS))) if own else None
+        chosen = replace(chosen, student=replace(chosen.student, steps=max(CALLS), times=times))
     paired = 0
     if any(isinstance(stream, Pairs) for stream in method.data(chosen.method_config).values()):
         chosen = replace(chosen, data=replace(chosen.data, pairs=folder / "pairs"))
@@ -106,23 +117,25 @@ def entry(world: str, name: str, folder: Path, budget: int = BUDGET) -> Entry:
 
 def play(world: str, out: Path, to: Path, names: Sequence[str] = (), budget: int = BUDGET, count: int = 2000,
          say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> dict[str, Any]:
-    """Train, export and score what is missing of the league in `to`, in the folder `out`; the table is written anew after each method.
+    """Train, export and score what is missing of the league in `to`, in the folder `out`; the table is written anew after each recipe.
 
-    A method that fails keeps its row, with the error. Returns the table's content. Raises ValueError for a name that has no recipe, or a
-    folder of another budget.
+    Unless `names` says otherwise there is one recipe of each method. One that fails keeps its row, with the error. Returns the table's
+    content. Raises ValueError for a name that has no recipe, or a folder of another budget.
     """
-    known, exam = members(world), exam_of(world)
-    if unknown := [n for n in names if n not in known]:
-        raise ValueError(f"no recipe {world}/{unknown[0]}; there are {', '.join(known)}")
+    names = names or members(world)
+    if unknown := [n for n in names if n not in known(world)]:
+        raise ValueError(f"no recipe {world}/{unknown[0]}; there are {', '.join(known(world))}")
     terms, held = {"world": world, "budget": budget, "count": count}, to / "terms.json"
     if held.is_file() and (before := json.loads(held.read_text())) != terms:
         raise ValueError(f"{to} is a league of other terms ({before}): choose another --to")
     _write(held, json.dumps(terms) + "\n")
-    for solver, calls in BASELINES:
-        if not (to / _baseline(solver, calls)).is_file():
-            say(f"teacher, {solver}, {calls} steps")
-            _score(f"teacher:{world}", exam, count, out, to, _baseline(solver, calls), calls, solver)
-    for name in names or known:
+    exam = exam_of(world)
+    for teacher in dict.fromkeys(recipes.load(f"{world}/{name}").teacher.path for name in names):
+        for solver, calls in BASELINES:
+            if not (to / _baseline(teacher, solver, calls)).is_file():
+                say(f"{teacher}, {solver}, {calls} steps")
+                _score(f"teacher:{teacher}", exam, count, out, to, _baseline(teacher, solver, calls), calls, solver)
+    for name in names:
         if not (to / name / "row.json").is_file():
             say(name)
             row = _row(world, name, out, to, budget, count)
@@ -131,8 +144,8 @@ def play(world: str, out: Path, to: Path, names: Sequence[str] = (), budget: int
     return publish(to)
 
 
-def _baseline(solver: str, calls: int) -> str:
-    return f"teacher/{solver}_{calls}.json"
+def _baseline(teacher: str, solver: str, calls: int) -> str:
+    return f"teachers/{teacher.replace('/', '_')}/{solver}_{calls}.json"
 
 
 def _score(model: str, exam: str, count: int, out: Path, to: Path, file: str, calls: int, solver: str | None = None) -> None:
@@ -148,9 +161,10 @@ def _write(path: Path, text: str) -> None:
 
 def _row(world: str, name: str, out: Path, to: Path, budget: int, count: int) -> dict[str, Any]:
     """Everything of one method. A numerical failure or a refusal of its own is a row, too; other errors are raised."""
-    method, part = METHODS[name], entry(world, name, out / name, budget)
-    row: dict[str, Any] = {"name": name, "title": method.title, "arxiv": method.arxiv, "family": method.family, "steps": part.recipe.steps,
-                           "passes": part.passes, "results": {}}
+    part = entry(world, name, out / name, budget)
+    method = methods.find(part.recipe.method["name"])
+    row: dict[str, Any] = {"name": name, "teacher": part.recipe.teacher.path, "title": method.title, "arxiv": method.arxiv,
+                           "family": method.family, "steps": part.recipe.steps, "passes": part.passes, "results": {}}
     run, student = out / name / "run", out / name / "student"
     try:
         outcome = loop.resume(run) if (run / loop.RECIPE).is_file() else loop.start(part.recipe, run)
@@ -166,13 +180,13 @@ def _row(world: str, name: str, out: Path, to: Path, budget: int, count: int) ->
                 row["results"][str(calls)] = {"left_out": "trained in one call"}
                 continue
             try:
-                models.open_model(str(student), calls)
+                models.open_model(str(student), calls, prompts=("",) if is_prompted(student) else ())
             except ValueError as error:                                         # its sampler has its own number of steps
                 row["results"][str(calls)] = {"left_out": str(error)}
                 continue
             file = f"{name}/{calls}.json"
             _score(str(student), exam_of(world), count, out, to, file, calls)
-            row["results"][str(calls)] = {"file": file, "difference": _difference(world, name, out, to, file, calls, count)}
+            row["results"][str(calls)] = {"file": file, "difference": _difference(row["teacher"], exam_of(world), out, to, file, count)}
     except (FloatingPointError, ValueError) as error:
         row["failed"] = str(error)
         if (run / LOG).is_file():                                               # its curve is part of the row
@@ -182,27 +196,27 @@ def _row(world: str, name: str, out: Path, to: Path, budget: int, count: int) ->
     return row
 
 
-def _difference(world: str, name: str, out: Path, to: Path, file: str, calls: int, count: int) -> dict[str, Any]:
+def _difference(teacher: str, exam: str, out: Path, to: Path, file: str, count: int) -> dict[str, Any]:
     """Paired, to the teacher in the most calls, whose pictures are made again where `out` does not hold their features."""
-    first = compared_with(rows(to))
-    solver, steps = first["name"].removeprefix(TEACHER), first["calls"]
-    theirs = out / _baseline(solver, steps)
+    first = compared_with(rows(to), teacher)
+    theirs = out / first["file"].relative_to(to)
     if not theirs.is_file():
-        evaluate(f"teacher:{world}", exam_of(world), count, theirs, steps=steps, solver=solver)
-    pair = [_reported({**first, "file": theirs}), _reported({"name": name, "calls": calls, "passes": 0, "file": out / file,
-                                                             "result": score.read_result(out / file)})]
+        evaluate(f"teacher:{teacher}", exam, count, theirs, steps=first["calls"], solver=first["solver"])
+    pair = [report.Row(path, path.stem, path.stem, 0, path == theirs, score.read_result(path)) for path in (theirs, out / file)]
     return {metric: e.to_dict() for metric, e in report.subtracted(pair, report.pairings(pair))[0].items()}
 
 
 def rows(to: Path) -> list[dict[str, Any]]:
     """One dictionary for each model and number of calls: `name, calls, file, result`, and of a method what its row says besides.
 
-    Baselines come first. A method without any score has one entry, with result None.
+    Baselines come first, which have a solver besides. A recipe without any score has one entry, with result None.
     """
-    table = []
-    for solver, calls in BASELINES:
-        if (path := to / _baseline(solver, calls)).is_file():
-            table.append({"name": TEACHER + solver, "calls": calls, "file": path, "result": score.read_result(path)})
+    table: list[dict[str, Any]] = []
+    for teacher in [name for name in worlds.teachers() if (to / _baseline(name, "", 0)).parent.is_dir()]:
+        for solver, calls in BASELINES:
+            if (path := to / _baseline(teacher, solver, calls)).is_file():
+                table.append({"name": f"teacher:{teacher}, {solver}", "teacher": teacher, "solver": solver, "calls": calls, "file": path,
+                              "result": score.read_result(path)})
     for path in sorted(to.glob("*/row.json")):
         row = json.loads(path.read_text())
         scored = [(int(calls), found) for calls, found in row["results"].items() if "file" in found]
@@ -213,24 +227,26 @@ def rows(to: Path) -> list[dict[str, Any]]:
     return table
 
 
-def compared_with(table: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The teacher's best row in the most calls, which students are held against."""
-    return min((r for r in table if "passes" not in r and r["calls"] == max(CALLS)), key=_head)
+def compared_with(table: Sequence[dict[str, Any]], teacher: str) -> dict[str, Any]:
+    """A teacher's best row in the most calls, which its students are held against."""
+    return min((r for r in table if r["teacher"] == teacher and "solver" in r and r["calls"] == max(CALLS)),
+               key=lambda r: float(next(iter(r["result"]["metrics"].values()))["value"]))
 
 
 def publish(to: Path) -> dict[str, Any]:
     """TO.md, TO.json and TO.png of the rows in the folder `to`; returns TO.json's content. Every number comes from a result file."""
     every = rows(to)
     table, failed = [row for row in every if row["result"]], {row["name"]: row["failed"] for row in every if "failed" in row}
-    first = compared_with(table)
+    protocol = table[0]["result"]["protocol"]
+    first = {teacher: compared_with(table, teacher) for teacher in {r["teacher"]: None for r in table}}
     told = iter(report.judged([{name: measures.estimate(e) for name, e in r["difference"].items()} for r in table if "passes" in r],
-                              first["result"]["protocol"]["count"]))
+                              protocol["count"]))
     entries = [{"name": r["name"], "calls": r["calls"], "nfe": r["result"]["sampler"]["nfe"], "metrics": r["result"]["metrics"],
                 "ms_per_image": r["result"]["speed"]["ms_per_image"],
-                **{k: r[k] for k in ("family", "arxiv", "steps", "passes", "seconds", "bytes", "ill") if k in r},
+                **{k: r[k] for k in ("teacher", "family", "arxiv", "steps", "passes", "seconds", "bytes", "ill") if k in r},
                 "difference": next(told) if "passes" in r else None} for r in table]
-    content = {**json.loads((to / "terms.json").read_text()), "protocol": first["result"]["protocol"],
-               "protocol_hash": first["result"]["protocol_hash"], "compared_with": f"{first['name']}, {first['calls']} steps",
+    content = {**json.loads((to / "terms.json").read_text()), "protocol": protocol, "protocol_hash": table[0]["result"]["protocol_hash"],
+               "compared_with": {teacher: f"{r['name']}, {r['calls']} steps" for teacher, r in first.items()},
                "figure": f"{to.name}.png", "entries": entries,
                "failed": {name: {"why": why, "log": f"{to.name}/{name}/{LOG}" if (to / name / LOG).is_file() else None}
                                               for name, why in failed.items()}}
@@ -240,26 +256,18 @@ def publish(to: Path) -> dict[str, Any]:
     return content
 
 
-def _head(row: dict[str, Any]) -> float:
-    return float(next(iter(row["result"]["metrics"].values()))["value"])
-
-
-def _reported(row: dict[str, Any]) -> report.Row:
-    return report.Row(row["file"], row["name"], f"{row['name']}, {row['calls']}", row["calls"], "passes" not in row, row["result"])
-
-
 def markdown(content: dict[str, Any]) -> str:
     """The page, which lies beside the folder of the rows: terms, one line for each model and number of calls, what failed."""
     names = list(content["entries"][0]["metrics"])
     heads = ["model", "calls", "NFE", *(f"{n} {tables.arrow(n)}" for n in names), "against the teacher in 4", "ms / image",
              "passes", "MiB", "minutes", "diagnose finds"]
     lines = [f"# League of the {content['world']} world", "",
-             f"Made by `stepdistill league --world {content['world']}`. Every student is made for 4 equal steps, or for the one step "
-             f"that its method trains, trained for {content['budget']:,} passes of one sample (forward 1, backward to the input 1 more, to "
-             f"the weights 2 more, the teacher's calls for stored pairs among them) and sampled in "
-             f"1, 2 and 4 of those calls where its sampler can; one run each, {content['count']:,} pictures, protocol "
-             f"`{content['protocol_hash']}`. Errors are those of the generated sample. The paired difference in {names[0]} is to "
-             f"{content['compared_with']}. NFE counts both halves of guidance.", "",
+             f"Made by `stepdistill league --world {content['world']}`. Every student is made for 4 equal steps from its recipe's first "
+             f"time, or for the one step that its method trains, trained for {content['budget']:,} passes of one sample (forward 1, backward "
+             f"to the input 1 more, to the weights 2 more, the teacher's calls for stored pairs among them) and sampled in 1, 2 and 4 of "
+             f"those calls where its sampler can; one run each, {content['count']:,} pictures, protocol `{content['protocol_hash']}`. Errors "
+             f"are those of the generated sample. The paired difference in {names[0]} is to "
+             f"{' or '.join(content['compared_with'].values())}, the student's own. NFE counts both halves of guidance.", "",
              f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 2)}:--|"]
     for e in content["entries"]:
         delta = (e["difference"] or {}).get(names[0])
@@ -275,7 +283,7 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def plot(entries: Sequence[dict[str, Any]]) -> Figure:
-    """The first metric of every method, a point for each number of calls, the best methods on top; the teacher's are lines."""
+    """The first metric of every recipe, a point for each number of calls, the best recipes on top; the teachers' are lines."""
     head = next(iter(entries[0]["metrics"]))
     value = lambda e: e["metrics"][head]["value"]                                                            # noqa: E731
     students = {n: [e for e in entries if e["name"] == n] for n in dict.fromkeys(e["name"] for e in entries if "passes" in e)}
@@ -286,10 +294,11 @@ def plot(entries: Sequence[dict[str, Any]]) -> Figure:
         points = [(value(e), i) for i, n in enumerate(order) for e in students[n] if e["calls"] == calls]
         axes.scatter([x for x, _ in points], [y for _, y in points], color=colour, s=42, zorder=3, edgecolor="white",
                      label=f"{calls} call{'s' if calls > 1 else ''}")
-    for calls, style in ((max(CALLS), (0, (4, 3))), (50, "-")):
-        found = [value(e) for e in entries if "passes" not in e and e["calls"] == calls]
-        if found:
-            axes.axvline(min(found), color=charts.GREY, linewidth=1.2, linestyle=style, zorder=1, label=f"teacher, {calls} steps")
+    for teacher, colour in zip(dict.fromkeys(e["teacher"] for e in entries if "passes" not in e), cycle((charts.GREY, charts.INK))):
+        for calls, style in ((max(CALLS), (0, (4, 3))), (50, "-")):
+            found = [value(e) for e in entries if "passes" not in e and (e["teacher"], e["calls"]) == (teacher, calls)]
+            if found:
+                axes.axvline(min(found), color=colour, linewidth=1.2, linestyle=style, zorder=1, label=f"{teacher}, {calls} steps")
     axes.set_yticks(range(len(order)), order)
     axes.set_xscale("log")
     axes.set_xlabel(f"{head}, lower is better", color=charts.INK)

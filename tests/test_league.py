@@ -28,6 +28,13 @@ def test_steps_pay_the_budget(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_four_calls_begin_where_the_recipe_does(tmp_path: Path):
+    assert league.entry("fashion", "dmd2", tmp_path, 1000).recipe.student.times == pytest.approx((0.4, 0.3, 0.2, 0.1))
+    assert league.entry("fashion", "lcm", tmp_path, 1000).recipe.student.times is None
+    assert "dmd2_datafree" in league.known("fashion")
+    assert not {"polish", "polish_4step"} & set(league.known("fashion"))
+
+
 def test_pairs_are_paid_for_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A sixth of the budget, ten guided steps each; the second time makes none."""
     first = league.entry("fashion", "dmd", tmp_path, 1200)
@@ -66,11 +73,11 @@ def few_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_and_page(played: Path):
     content = json.loads((played / "kept.json").read_text())
     named = {(e["name"], e["calls"]) for e in content["entries"]}
-    assert {("teacher, ddim", 1), ("teacher, ddim", 4)} < named
-    assert {name for name, _ in named} == {"teacher, ddim", "consistency", "dmd2"}
+    assert {("teacher:fashion, ddim", 1), ("teacher:fashion, ddim", 4)} < named
+    assert {name for name, _ in named} == {"teacher:fashion, ddim", "consistency", "dmd2"}
     page = (played / "kept.md").read_text()
     for e in content["entries"]:
-        file = f"teacher/ddim_{e['calls']}.json" if "teacher" in e["name"] else f"{e['name']}/{e['calls']}.json"
+        file = f"teachers/fashion/ddim_{e['calls']}.json" if "teacher:" in e["name"] else f"{e['name']}/{e['calls']}.json"
         assert e["metrics"] == json.loads((played / "kept" / file).read_text())["metrics"]
         assert f"| {e['name']} | {e['calls']} |" in page
         if "passes" in e:
@@ -82,7 +89,8 @@ def test_rows_and_page(played: Path):
 
 def test_differences_are_the_reports(played: Path, tmp_path: Path):
     """What rows keep of the features, which stay behind, is what `compare` tells with them."""
-    report = compare([played / "runs/teacher/ddim_4.json", *(played / f"runs/{name}/4.json" for name in ("consistency", "dmd2"))], tmp_path)
+    students = [played / f"runs/{name}/4.json" for name in ("consistency", "dmd2")]
+    report = compare([played / "runs/teachers/fashion/ddim_4.json", *students], tmp_path)
     told = {e["name"]: e["difference"] for e in json.loads((played / "kept.json").read_text())["entries"] if e["calls"] == 4}
     for row, name in zip(report["rows"][1:], ("consistency", "dmd2"), strict=True):
         assert told[name]["frechet_fashion"]["delta"] == pytest.approx(row["difference"]["frechet_fashion"]["delta"])

@@ -198,16 +198,16 @@ def compare(
 
 
 def league(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[METHOD]...", help="default: all with a recipe in this world")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="default: the world's one of every method")] = None,
     out: Annotated[Path, typer.Option(help="runs, students and features; runs go on from here")] = Path("runs/league"),
     to: Annotated[Path, typer.Option(help="results of what is finished, so not done again; the table is TO.md, TO.json and TO.png"
                                      )] = Path("docs/league"),
-    world: Annotated[str, typer.Option(help="whose recipes and protocol: fashion")] = "fashion",
-    budget: Annotated[int | None, typer.Option(min=1, help="passes of one sample for each method; default: 600,000")] = None,
+    world: Annotated[str, typer.Option(help="whose recipes and protocol: fashion, emoji")] = "fashion",
+    budget: Annotated[int | None, typer.Option(min=1, help="passes of one sample for each recipe; default: 600,000")] = None,
     count: Annotated[int, typer.Option(min=50, help="pictures for each score")] = 2000,
     as_json: Json = False,
 ) -> None:
-    """Train every method of a world at one budget, score its student in 1, 2 and 4 calls, and write the table. Hours; Ctrl-C and go on."""
+    """Train the recipes of a world at one budget, score its student in 1, 2 and 4 calls, and write the table. Hours; Ctrl-C and go on."""
     from stepdistill import league as playing
 
     content = playing.play(world, out, to, names or (), budget or playing.BUDGET, count)

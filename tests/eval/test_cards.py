@@ -150,6 +150,10 @@ def test_every_measure_runs_on_64_pictures(tiny: Path) -> None:
     assert tuple(scored.metrics) == exam.metrics
     assert all(torch.tensor([e.value, e.se, *e.ci95]).isfinite().all() for e in scored.metrics.values())
     assert measures.rows_kept(exam) == {name: len(kept) for name, kept in scored.pairs.items()}
+    moved = Pictures.of(noise(64, 160, 2).unflatten(0, (-1, len(PROMPTS))).roll(1, 1).flatten(0, 1))        # each told the next prompt
+    told = score.score(moved, labels, exam, statistics, prompts=PROMPTS)
+    assert set(scored.shuffled) == {name for name, measure in exam.plan.items() if measure.kind == "clip"}
+    assert all(told.metrics[name].value == pytest.approx(found.value, abs=1e-5) for name, found in scored.shuffled.items())
     again = score.score(real, labels, exam, statistics, prompts=PROMPTS)
     for name, measure in exam.plan.items():
         if measure.kind in ("fd", "fid", "patchfid", "frechet"):

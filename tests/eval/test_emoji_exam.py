@@ -59,7 +59,8 @@ def test_names_are_apart_and_the_first_ones_are_of_all_kinds() -> None:
 def test_real_pictures_pass_and_spoilt_ones_do_not(exam: cards.Exam) -> None:
     real = data.pictures(emoji.shown(True)[:180], quiet=True).repeat(2, 1, 1, 1)
     labels = torch.arange(360) % 180
-    marks = score.score(real, labels, exam.protocol, exam.real, prompts=exam.prompts).metrics
+    scored = score.score(real, labels, exam.protocol, exam.real, prompts=exam.prompts)
+    marks, shuffled = scored.metrics, scored.shuffled
     assert list(marks) == list(emoji.MEASURES)
     assert marks["precision_emoji"].value == 1
     assert marks["recall_emoji"].value > 0.98
@@ -69,7 +70,8 @@ def test_real_pictures_pass_and_spoilt_ones_do_not(exam: cards.Exam) -> None:
     assert pale["precision_emoji"].value < 0.8
     swapped = score.score(real.roll(1, 0), labels, exam.protocol, exam.real, prompts=exam.prompts).metrics
     assert swapped["frechet_emoji"].value == pytest.approx(marks["frechet_emoji"].value, abs=1e-4)
-    assert swapped["clip_emoji_cos"].value != marks["clip_emoji_cos"].value
+    assert swapped["clip_emoji_cos"].value == pytest.approx(shuffled["clip_emoji_cos"].value, abs=1e-6)
+    assert swapped["clip_emoji_cos"].value < marks["clip_emoji_cos"].value - 0.1
 
 
 def test_groups_are_told_apart(exam: cards.Exam) -> None:
