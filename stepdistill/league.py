@@ -263,10 +263,10 @@ def markdown(content: dict[str, Any]) -> str:
              "passes", "MiB", "minutes", "diagnose finds"]
     lines = [f"# League of the {content['world']} world", "",
              f"Made by `stepdistill league --world {content['world']}`. Every student is made for 4 equal steps from its recipe's first "
-             f"time, or for the one step that its method trains, trained for {content['budget']:,} passes of one sample (forward 1, backward "
-             f"to the input 1 more, to the weights 2 more, the teacher's calls for stored pairs among them) and sampled in 1, 2 and 4 of "
-             f"those calls where its sampler can; one run each, {content['count']:,} pictures, protocol `{content['protocol_hash']}`. Errors "
-             f"are those of the generated sample. The paired difference in {names[0]} is to "
+             f"time, or for the one step that its method trains, trained for {content['budget']:,} passes of one sample (forward 1, "
+             f"backward to the input 1 more, to the weights 2 more, the teacher's calls for stored pairs among them) and sampled in 1, 2 "
+             f"and 4 of those calls where its sampler can; one run each, {content['count']:,} pictures, protocol "
+             f"`{content['protocol_hash']}`. Errors are those of the generated sample. The paired difference in {names[0]} is to "
              f"{' or '.join(content['compared_with'].values())}, the student's own. NFE counts both halves of guidance.", "",
              f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 2)}:--|"]
     for e in content["entries"]:
