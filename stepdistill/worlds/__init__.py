@@ -71,7 +71,7 @@ def _emoji_parts() -> Mapping[str, Shared]:
 
 WORLDS = {
     "fashion": World({"teacher": {}}, "fashion", labelled=_fashion),
-    "emoji": World({"sd": {}, "dit": {"height": 64, "width": 64, "max_sequence_length": 24}}, captioned=_emojis,
+    "emoji": World({"sd": {}, "dit": {"height": 64, "width": 64, "max_sequence_length": 24}}, "emoji", captioned=_emojis,
                    drawn_from=_emoji_files, shared=_emoji_parts),
 }
 

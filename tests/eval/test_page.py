@@ -66,7 +66,7 @@ def trained_in(folder: Path) -> Path:
     run = folder / "runs" / "first"
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text((ROOT / "configs/fashion/quickstart.yaml").read_text())
-    (run / "log.jsonl").write_text((ROOT / "docs/quickstart/log.jsonl").read_text())
+    (run / "log.jsonl").write_text((ROOT / "docs/fashion/log.jsonl").read_text())
     return run
 
 
