@@ -21,9 +21,11 @@ EACH, TEACHER_STEPS = 4, 25                             # pictures of one class 
 
 
 def labels_of(run: Run) -> Tensor:
-    """Class or prompt of every picture (N,): as many different ones as leave four pictures for each."""
-    count = run.recipe.preview_count
-    return torch.arange(count) % max(1, min(run.teacher.classes, count // EACH or count))
+    """Class or prompt of every picture (N,): as many different ones as leave four pictures for each, from all over their list, whose first
+    ones may be much alike."""
+    count, all_ = run.recipe.preview_count, max(1, run.teacher.classes)
+    shown = min(all_, count // EACH or count)
+    return torch.arange(count) % shown * (all_ // shown)
 
 
 def drawn(run: Run, net: Any, spec: SamplerSpec) -> Tensor:

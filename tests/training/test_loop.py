@@ -329,6 +329,15 @@ def test_stages_must_add_up(two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- previews and trackers
 
+def test_previews_show_conditions_from_all_over_their_list() -> None:
+    """Prompts that stand together are often alike; of few classes every one is shown."""
+    shown = lambda count, classes: look.labels_of(SimpleNamespace(recipe=SimpleNamespace(preview_count=count),                   # noqa: E731
+                                                             teacher=SimpleNamespace(classes=classes))).tolist()
+    assert shown(20, 1700) == 4 * [0, 340, 680, 1020, 1360]
+    assert shown(40, 10) == 4 * list(range(10))
+    assert shown(3, 0) == [0, 0, 0]
+
+
 def test_previews_come_at_their_period(base: Path, tmp_path: Path) -> None:
     loop.start(tiny_recipe(base, **DATA_FREE, steps=5, preview_every=2, checkpoint_every=5), tmp_path / "run")
     files = sorted((tmp_path / "run" / "previews").glob("*.png"))
