@@ -120,8 +120,9 @@ def plot_quality(points: Sequence[Point], xlabel: str, title: str = "", size: tu
     if teachers := [p for p in points if p.is_teacher]:
         level = min(teachers, key=lambda p: p.y)
         axes.axhline(level.y, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        axes.annotate(f"best teacher: {level.y:.3g}", (1, level.y), xycoords=("axes fraction", "data"),
-                      xytext=(-4, -11), textcoords="offset points", ha="right", va="top", color=GREY, fontsize=9)
+        side = 1 if level.x == min(p.x for p in points) else -1                  # beside its bar, where other points are
+        axes.annotate(f"best teacher: {level.y:.3g}", (level.x, level.y), xytext=(8 * side, -6), textcoords="offset points",
+                      ha="left" if side > 0 else "right", va="top", color=GREY, fontsize=9)
     axes.margins(y=0.14)                                # room for the name of what stands highest
     _plain(axes)
     if counted:

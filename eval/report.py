@@ -146,8 +146,8 @@ def compare(results: list[Path], to: Path, runs: Sequence[Path] = (), speed: Pat
                 charts.plot_quality(points, axis, title).savefig(temporary / name, dpi=160)
         if pictures:
             alike = [(label, images) for label, images in pictures if images.shape[1:] == pictures[0][1].shape[1:]]
-            groups = _columns(report["classes"]["names"], rows[0].prompts, min(len(images) for _, images in alike))
-            charts.plot_samples(alike, groups).savefig(temporary / "samples.png", dpi=160)
+            columns = _columns(report["classes"]["names"], rows[0].prompts, min(len(images) for _, images in alike))
+            charts.plot_samples(alike, columns).savefig(temporary / "samples.png", dpi=160)
         (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         (temporary / "report.md").write_text(markdown(report, with_samples=bool(pictures)), encoding="utf-8")
         (temporary / "report.html").write_text(page.html(page.assemble(report, pictures, trainings)), encoding="utf-8")
@@ -163,7 +163,7 @@ def _columns(classes: Sequence[str], prompts: Sequence[str], count: int) -> list
     """Which of the first `count` samples are shown, under what: some of every class where these are few, or else the first ones."""
     if classes and tables.few_classes(classes) and count >= len(classes):
         return [(name, list(range(c, count, len(classes)))[:PER_CLASS]) for c, name in enumerate(classes)]
-    return [(prompts[i] if prompts else "", [i]) for i in range(min(SHOWN, count))]
+    return [(prompts[i % len(prompts)] if prompts else "", [i]) for i in range(min(SHOWN, count))]
 
 
 def _refuse_mixed(loaded: Sequence[seeds.Loaded], over_seeds: bool) -> None:

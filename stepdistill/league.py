@@ -125,11 +125,11 @@ def play(world: str, out: Path, to: Path, names: Sequence[str] = (), budget: int
     names = names or members(world)
     if unknown := [n for n in names if n not in known(world)]:
         raise ValueError(f"no recipe {world}/{unknown[0]}; there are {', '.join(known(world))}")
+    exam = exam_of(world)
     terms, held = {"world": world, "budget": budget, "count": count}, to / "terms.json"
     if held.is_file() and (before := json.loads(held.read_text())) != terms:
         raise ValueError(f"{to} is a league of other terms ({before}): choose another --to")
     _write(held, json.dumps(terms) + "\n")
-    exam = exam_of(world)
     for teacher in dict.fromkeys(recipes.load(f"{world}/{name}").teacher.path for name in names):
         for solver, calls in BASELINES:
             if not (to / _baseline(teacher, solver, calls)).is_file():

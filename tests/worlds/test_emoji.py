@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +198,7 @@ def test_two_steps_of_every_recipe(name: str, tmp_path: Path, root: Path) -> Non
 
 def test_every_recipe_has_its_twin() -> None:
     methods = {"dmd2", "dmd2_gan", "lcm", "lcm_lora", "swiftbrush", "imagine_flash", "tdd"}
-    assert {name.removeprefix("emoji/") for name in RECIPES} == methods | {f"{method}_dit" for method in methods}
+    assert {name.removeprefix("emoji/") for name in RECIPES} == methods | {f"{method}_dit" for method in methods} | {"quickstart"}
 
 
 def test_a_cache_replaces_the_encoder_and_knows_its_own(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +315,9 @@ def test_doctor_names_every_teacher(root: Path) -> None:
     assert report["emoji text encoder"] == str(root / "minilm")
 
 
-def test_no_league_without_a_protocol(tmp_path: Path) -> None:
+def test_no_league_without_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert league.exam_of("emoji") == "emoji"
+    monkeypatch.setitem(worlds.WORLDS, "emoji", replace(worlds.WORLDS["emoji"], protocol=None))
     with pytest.raises(ValueError, match="no protocol scores 'emoji'"):
-        league.play("emoji", tmp_path / "league")
-    assert not (tmp_path / "league").exists()
+        league.play("emoji", tmp_path / "league", tmp_path / "kept", ["dmd2"])
+    assert not list(tmp_path.iterdir())
