@@ -251,8 +251,8 @@ def publish(to: Path) -> dict[str, Any]:
                "failed": {name: {"why": why, "log": f"{to.name}/{name}/{LOG}" if (to / name / LOG).is_file() else None}
                                               for name, why in failed.items()}}
     plot(entries).savefig(to.with_name(content["figure"]), dpi=160)
-    write_atomically(to.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-    write_atomically(to.with_suffix(".md"), markdown(content))
+    write_atomically(to.with_name(f"{to.name}.json"), json.dumps(content, indent=1) + "\n")
+    write_atomically(to.with_name(f"{to.name}.md"), markdown(content))
     return content
 
 
@@ -294,7 +294,8 @@ def plot(entries: Sequence[dict[str, Any]]) -> Figure:
         points = [(value(e), i) for i, n in enumerate(order) for e in students[n] if e["calls"] == calls]
         axes.scatter([x for x, _ in points], [y for _, y in points], color=colour, s=42, zorder=3, edgecolor="white",
                      label=f"{calls} call{'s' if calls > 1 else ''}")
-    for teacher, colour in zip(dict.fromkeys(e["teacher"] for e in entries if "passes" not in e), cycle((charts.GREY, charts.INK))):
+    teachers = dict.fromkeys(e["teacher"] for e in entries if "passes" not in e)
+    for teacher, colour in zip(teachers, cycle((charts.GREY, charts.INK)), strict=False):                    # the colours do not end
         for calls, style in ((max(CALLS), (0, (4, 3))), (50, "-")):
             found = [value(e) for e in entries if "passes" not in e and (e["teacher"], e["calls"]) == (teacher, calls)]
             if found:

@@ -57,11 +57,11 @@ TEACHERS = [("ddim", 1), ("ddim", 4)]
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `runs` and, of what is finished, `kept`."""
+    """A folder with `runs` and, of what is finished, `kept.v1`."""
     folder = tmp_path_factory.mktemp("league")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(league, "BASELINES", TEACHERS)
-        league.play("fashion", folder / "runs", folder / "kept", ["consistency", "dmd2"], 700, 50)
+        league.play("fashion", folder / "runs", folder / "kept.v1", ["consistency", "dmd2"], 700, 50)
     return folder
 
 
@@ -71,47 +71,47 @@ def few_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_and_page(played: Path):
-    content = json.loads((played / "kept.json").read_text())
+    content = json.loads((played / "kept.v1.json").read_text())
     named = {(e["name"], e["calls"]) for e in content["entries"]}
     assert {("teacher:fashion, ddim", 1), ("teacher:fashion, ddim", 4)} < named
     assert {name for name, _ in named} == {"teacher:fashion, ddim", "consistency", "dmd2"}
-    page = (played / "kept.md").read_text()
+    page = (played / "kept.v1.md").read_text()
     for e in content["entries"]:
         file = f"teachers/fashion/ddim_{e['calls']}.json" if "teacher:" in e["name"] else f"{e['name']}/{e['calls']}.json"
-        assert e["metrics"] == json.loads((played / "kept" / file).read_text())["metrics"]
+        assert e["metrics"] == json.loads((played / "kept.v1" / file).read_text())["metrics"]
         assert f"| {e['name']} | {e['calls']} |" in page
         if "passes" in e:
             assert 0.5 * 700 < e["passes"] < 1.5 * 700
             assert e["ill"] == []
-    assert (played / "kept.png").stat().st_size > 5000
-    assert "(kept.png)" in page
+    assert (played / "kept.v1.png").stat().st_size > 5000
+    assert "(kept.v1.png)" in page
 
 
 def test_differences_are_the_reports(played: Path, tmp_path: Path):
     """What rows keep of the features, which stay behind, is what `compare` tells with them."""
     students = [played / f"runs/{name}/4.json" for name in ("consistency", "dmd2")]
     report = compare([played / "runs/teachers/fashion/ddim_4.json", *students], tmp_path)
-    told = {e["name"]: e["difference"] for e in json.loads((played / "kept.json").read_text())["entries"] if e["calls"] == 4}
+    told = {e["name"]: e["difference"] for e in json.loads((played / "kept.v1.json").read_text())["entries"] if e["calls"] == 4}
     for row, name in zip(report["rows"][1:], ("consistency", "dmd2"), strict=True):
         assert told[name]["frechet_fashion"]["delta"] == pytest.approx(row["difference"]["frechet_fashion"]["delta"])
         assert told[name]["frechet_fashion"]["se"] == pytest.approx(row["difference"]["frechet_fashion"]["se"])
 
 
 def test_nothing_is_done_twice_wherever_the_runs_have_gone(played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    before = {p: p.read_bytes() for p in [*played.glob("kept/**/*.json"), played / "kept.json", played / "kept.md"]}
+    before = {p: p.read_bytes() for p in [*played.glob("kept.v1/**/*.json"), played / "kept.v1.json", played / "kept.v1.md"]}
     monkeypatch.setattr(loop, "start", None)
-    league.play("fashion", tmp_path / "elsewhere", played / "kept", ["consistency", "dmd2"], 700, 50)
+    league.play("fashion", tmp_path / "elsewhere", played / "kept.v1", ["consistency", "dmd2"], 700, 50)
     assert before == {p: p.read_bytes() for p in before}
     assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(ValueError, match="other terms"):
-        league.play("fashion", tmp_path, played / "kept", [], 800, 50)
+        league.play("fashion", tmp_path, played / "kept.v1", [], 800, 50)
     with pytest.raises(ValueError, match="no recipe fashion/nothing"):
-        league.play("fashion", tmp_path, played / "kept", ["nothing"], 700, 50)
+        league.play("fashion", tmp_path, played / "kept.v1", ["nothing"], 700, 50)
 
 
 def test_an_interrupted_run_goes_on_and_a_failure_is_a_row(played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     real, seen, kept = loop.start, [], tmp_path / "kept"
-    shutil.copytree(played / "kept", kept, ignore=shutil.ignore_patterns("consistency", "dmd2"))
+    shutil.copytree(played / "kept.v1", kept, ignore=shutil.ignore_patterns("consistency", "dmd2"))
 
     def interrupted(recipe, out):
         seen.append(recipe.steps)
