@@ -7,8 +7,7 @@
 
 The distillation term asks the guided teacher what it would make of the student's own sample, re-noised; its gradient is zero where the
 teacher would leave it as it is. `features` names F: a folder with a vision transformer (DINOv2 ViT-S in the paper), or "fashion", the
-classifier of that world. That one is the judge of its evaluation, too: a student trained against it must not be compared by
-`frechet_fashion` with others that never saw it.
+second classifier of that world: not the one whose features its evaluation reads, which a student must not be trained against.
 
 Differs from the paper: means over elements where it sums; the discriminator knows neither prompt nor picture embedding (one head on each of
 the blocks read; their logits are averaged); tokens are judged one by one, by an MLP; `real` is what the decoder makes of the

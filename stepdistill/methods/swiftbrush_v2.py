@@ -7,8 +7,8 @@
                       lam falls from `align_weight` to 0 over the run, linearly in its steps
 
 A picture that fits its label better than `align_above` is pulled by the scores alone: a judge that is never satisfied blurs, saturates and
-writes labels into pictures. The judge is a folder with a CLIP model, or "fashion", the classifier of that world. That one judges in its
-evaluation, too: a student trained under it must not be compared by the world's figures with others that never saw it.
+writes labels into pictures. The judge is a folder with a CLIP model, or "fashion", the second classifier of that world: not the one whose
+features and answers its evaluation reads, which a student must not be trained under.
 
 The paper trains two students, a full copy by the first term alone (`align_weight: 0`, which is SwiftBrush itself) and an adapter by both,
 and averages them: `stepdistill export FULL --merge ADAPTED --share 0.5`. Both begin at a published student of one step

@@ -1,4 +1,4 @@
-"""Frozen networks over pictures whose blocks a discriminator reads: a world's classifier, or a vision transformer from a folder."""
+"""Frozen networks over pictures whose blocks a discriminator reads: a world's second classifier, or a vision transformer from a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepdistill.models.load import read_json
 from stepdistill.worlds.fashion import classifier
 
 PREPROCESSOR = "preprocessor_config.json"
-WORLD = "fashion"                                       # the world whose classifier can be read by its name
+WORLD = "fashion"                                       # the world whose second classifier can be read by its name
 READ = 4                                                # blocks of a transformer, at even distances: 2, 5, 8, 11 of 12 (StyleGAN-T)
 
 
@@ -61,12 +61,12 @@ def prepared(pictures: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor)
 
 
 def load_features(source: str) -> PictureFeatures:
-    """"fashion" is the classifier of that world; anything else a folder with a vision transformer of transformers (DINOv2, ViT).
+    """"fashion" is that world's second classifier, not its judge; anything else a folder with a vision transformer of transformers (DINOv2, ViT).
 
     Only safetensors are read and nothing is downloaded. FileNotFoundError or ValueError with the remedy.
     """
     if source == WORLD:
-        trunk = classifier.load().trunk
+        trunk = classifier.load(classifier.SECOND).trunk
         ends = [i - 1 for i, layer in enumerate(trunk) if isinstance(layer, classifier.Block) and layer.halves]
         return PictureFeatures(trunk, [str(i) for i in (*ends, len(trunk) - 1)], (28, 28), (0.0,), (1.0,))
     return _transformer(Path(source))

@@ -1,4 +1,4 @@
-"""Frozen judges of how well pictures fit their labels: a world's classifier, or a CLIP model from a folder."""
+"""Frozen judges of how well pictures fit their labels: a world's second classifier, or a CLIP model from a folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stepdistill.models.load import NOTES, read_json
 from stepdistill.worlds.fashion import classifier
 from stepdistill.worlds.fashion.data import CLASSES
 
-CLASSIFIERS = ("fashion",)                             # worlds whose own classifier is a judge
+CLASSIFIERS = ("fashion",)                             # worlds whose second classifier is a judge
 TOGETHER = 256                                          # labels that are read at a time
 
 
@@ -47,7 +47,7 @@ class Judge(nn.Module):
 
 
 def load_judge(source: str, labels: Sequence[str]) -> Judge:
-    """A judge of these labels: "fashion", the classifier of that world, or a folder with a CLIP model of transformers and its tokenizer.
+    """A judge of these labels: "fashion", the second classifier of that world, or a folder with a CLIP model of transformers and its tokenizer.
 
     The classifier compares its pooled features with the weights of each class in its last layer, CLIP a picture with each label as a text.
     Only safetensors are read and nothing is downloaded. FileNotFoundError or ValueError with the remedy.
@@ -60,7 +60,7 @@ def load_judge(source: str, labels: Sequence[str]) -> Judge:
 def _classifier(labels: Sequence[str]) -> Judge:
     if unknown := [label for label in labels if label not in CLASSES]:
         raise ValueError(f"method.judge: the classifier of fashion knows no {unknown[0]!r}: name a folder with a CLIP model instead")
-    net = classifier.load()
+    net = classifier.load(classifier.SECOND)
     rows = net.head.weight[[CLASSES.index(label) for label in labels]]
     return Judge(nn.Sequential(net.trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten()), rows, (28, 28), (0.0,), (1.0,))
 

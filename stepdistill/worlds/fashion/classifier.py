@@ -21,6 +21,7 @@ from stepdistill.worlds.fashion.data import CLASSES, to_model
 
 WEIGHTS = "classifier.safetensors"                      # beside this file, with the architecture in CONFIG
 CONFIG = "classifier.json"
+SECOND = Path(__file__).parent / "second"              # of another seed: what methods train against, which the judge must not be
 
 
 @dataclass(frozen=True)
