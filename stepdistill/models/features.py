@@ -61,7 +61,7 @@ def prepared(pictures: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor)
 
 
 def load_features(source: str) -> PictureFeatures:
-    """"fashion" is that world's second classifier, not its judge; anything else a folder with a vision transformer of transformers (DINOv2, ViT).
+    """"fashion" is that world's second classifier, not its judge; anything else a folder with a vision transformer (DINOv2, ViT).
 
     Only safetensors are read and nothing is downloaded. FileNotFoundError or ValueError with the remedy.
     """

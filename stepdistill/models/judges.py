@@ -47,7 +47,7 @@ class Judge(nn.Module):
 
 
 def load_judge(source: str, labels: Sequence[str]) -> Judge:
-    """A judge of these labels: "fashion", the second classifier of that world, or a folder with a CLIP model of transformers and its tokenizer.
+    """A judge of these labels: "fashion", that world's second classifier, or a folder with a CLIP model and its tokenizer.
 
     The classifier compares its pooled features with the weights of each class in its last layer, CLIP a picture with each label as a text.
     Only safetensors are read and nothing is downloaded. FileNotFoundError or ValueError with the remedy.
