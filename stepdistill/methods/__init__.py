@@ -16,6 +16,7 @@ from stepdistill.methods.dmd import DMD
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.dp_dmd import DPDMD
 from stepdistill.methods.ect import ECT
+from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.guided import Guided
 from stepdistill.methods.imagine_flash import ImagineFlash
 from stepdistill.methods.ladd import LADD
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "dmd2": DMD2,
     "dp_dmd": DPDMD,
     "ect": ECT,
+    "f_distill": FDistill,
     "guided": Guided,
     "imagine_flash": ImagineFlash,
     "ladd": LADD,

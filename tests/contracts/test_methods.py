@@ -56,6 +56,7 @@ VARIANTS: dict[str, list[dict]] = {                       # other configurations
     "decoupled_dmd": [{"fake_updates": 1, "ca_times": {"low": 0.02, "high": 0.98, "shift": 3.0}}],
     "dmd": [{"match_pairs": False, "huber": 0.1}, {"reg_weight": 0.0}],
     "dp_dmd": [{"fake_updates": 2, "teacher_steps": 4, "anchor_steps": 1}],
+    "f_distill": [{"divergence": "forward_kl", "gan_weight": 0.0, "fake_updates": 2}],
     "tdm": [{"fake_target": "tdm", "huber": 0.0, "fake_updates": 2}],
     "imagine_flash": [{"noise": "fresh", "noise_correction": False, "teacher_steps": 2},
                       {"shifted": False, "solver": "heun", "teacher_steps": 2}],
