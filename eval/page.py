@@ -26,6 +26,7 @@ MARKS = {"better": "▲", "worse": "▼", "undecided": "≈", "unpaired": "?",  
          "healthy": "✓", "ill": "▼", "unknown": "?"}
 SHOWN = 4                                               # pictures of each class and model
 CLASSES, CAPTION = 20, 160                              # most grids of classes, and characters of a prompt above one
+NARROW = 40                                             # most characters of a prompt above a column of single pictures
 LARGE = 56                                              # CSS pixels that a small picture is shown wide, about
 GAP, MIDDLE = 1, 128                                    # pixels between pictures, and their grey: seen on black and on white
 TOGETHER = re.compile(r"\[.*?\]| ?[±=] ?|≠ | (?=[%↓↑]|steps?\b)")              # of a sentence, on one line
@@ -68,6 +69,7 @@ class Page:
     class_charts: Sequence[Chart]
     class_tables: Sequence[Table]
     grids: Sequence[tuple[str, Sequence[Strip]]]         # by class or prompt
+    matrix: Sequence[tuple[str, Sequence[Strip | None]]]     # the same by model, or nothing
     runs: Sequence[tuple[Training, Sequence[Chart]]]
     protocol: Mapping[str, str]
     environment: Mapping[str, str]                       # what all rows share
@@ -86,12 +88,13 @@ def assemble(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]], 
     notes = [tables.errors(report), *filter(None, [tables.correction(report)])]
     if alone := [row["label"] for row in rows if not row["features"]]:
         notes.append(f"Without features beside its result, and so without paired differences: {'; '.join(alone)}.")
+    grids = _grids(report, pictures)
     return Page(
         title=tables.title(report), lead=lead, warning=tables.warning(report), judged=[row for row in rows if row["verdict"]], notes=notes,
         scores=[tables.scores(report), *tables.without_bias(report), *tables.shuffled(report)], glossary=tables.glossary(report),
         paired=tables.paired(report),
         costs=_costs(report), prompted="prompts" in protocol, class_charts=_class_charts(report), class_tables=tables.by_class(report),
-        grids=_grids(report, pictures),
+        grids=grids, matrix=matrix(grids),
         runs=[(training, _curves(training, f"run{i}")) for i, training in enumerate(trainings)],
         protocol={"hash": report["protocol_hash"], **{k: _told(v) for k, v in protocol.items()}},
         environment=report["environment"]["same"], made=tables.made(report),
@@ -130,6 +133,14 @@ def strip(model: str, words: str, pictures: Tensor) -> Strip:
     image.save(written, format="PNG", optimize=True)
     uri, times = base64.b64encode(written.getvalue()).decode(), max(1, round(LARGE / pictures.shape[-1]))
     return Strip(model, f"data:image/png;base64,{uri}", times * image.width, times * image.height, words)
+
+
+def matrix(grids: Sequence[tuple[str, Sequence[Strip]]]) -> list[tuple[str, list[Strip | None]]]:
+    """Grids as rows of one table, model by model, where each strip is one small picture under few words; otherwise nothing."""
+    if len(grids) < 2 or any(len(name) > NARROW or strip.width > 2 * LARGE for name, strips in grids for strip in strips):
+        return []
+    columns = [{strip.model: strip for strip in strips} for _, strips in grids]
+    return [(model, [column.get(model) for column in columns]) for model in dict.fromkeys(m for column in columns for m in column)]
 
 
 def _grids(report: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]]) -> list[tuple[str, list[Strip]]]:

@@ -530,6 +530,24 @@ def test_grids_have_the_words_of_their_prompts(side, captions, width):
     assert caption == "The first pictures"
 
 
+def test_single_small_pictures_are_one_table():
+    """Rows are models, columns prompts; whoever has no picture of a prompt leaves its cell empty."""
+    told = {"protocol": {"prompts": 3, "classes": 0}, "classes": {"names": []}, "prompts": {"first": WORDS[:3], "extremes": {}}}
+
+    def grids(count: int, side: int = 8):
+        pictures = torch.zeros(count, 3, side, side, dtype=torch.uint8)
+        return page._grids(told, [("mine", pictures), ("theirs", pictures[:2])])
+
+    found = page.matrix(grids(3))
+    assert [(model, [strip and strip.words for strip in row]) for model, row in found] == [
+        ("mine", [f"{words} by mine, 1 seed" for words in WORDS[:3]]),
+        ("theirs", [*(f"{words} by theirs, 1 seed" for words in WORDS[:2]), None])]
+    assert not page.matrix(grids(6))                                                # two seeds
+    assert not page.matrix(grids(3, side=200))
+    assert not page.matrix([("a" * (page.NARROW + 1), strips) for _, strips in grids(3)])
+    assert not page.matrix(grids(3)[:1])
+
+
 def test_groups_of_prompts_stand_side_by_side():
     def block(value: float) -> dict[str, float]:
         return {"value": value, "se": 0.01}
