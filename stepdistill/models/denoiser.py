@@ -210,7 +210,9 @@ def default_taps(network: nn.Module) -> tuple[str, ...]:
     raise ValueError(f"{type(network).__name__} has neither a mid_block nor a stack of blocks: name the tapped modules in the recipe")
 
 
-LAST = ("conv_out", "proj_out_2", "proj_out")                           # what diffusers calls the last layer, the last of them first
+FIRST = ("conv_in", "x_embedder", "img_in", "patch_embedding", "pos_embed.proj", "patch_embed.proj", "x_embedder.proj", "proj_in")
+LAST = ("conv_out", "proj_out_2", "proj_out")                           # what diffusers calls these layers, the outermost of them first
+PLAIN = (nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def last_layer(network: nn.Module) -> nn.Parameter:
@@ -223,26 +225,65 @@ def last_layer(network: nn.Module) -> nn.Parameter:
     raise ValueError(f"{type(network).__name__} has no last layer by the name of {', '.join(LAST)}, at whose weight to measure gradients")
 
 
-def keep_output_float32(network: nn.Module) -> nn.Module:
-    """Run the last layer outside autocast: at alpha = 0.07 an eps output is multiplied by 15, and so is its rounding.
+def keep_ends_float32(network: nn.Module) -> nn.Module:
+    """Run the first and the last layer outside autocast. Does nothing where none is recognised or its weights are stored in half precision.
 
-    Does nothing where no last layer is recognised or its weights are stored in half precision.
+    The first reads the state: what 1/250 of the time changes in it is no more than bfloat16 rounds away, and the methods that compare
+    neighbours on a trajectory would learn from rounding. Its result is rounded. The last gives the output: at alpha = 0.07 an eps output is
+    multiplied by 15, and so is its rounding.
     """
-    for name in LAST:
-        for plain, careful in ((nn.Conv2d, _Conv2d), (nn.Linear, _Linear)):
-            if type(last := getattr(network, name, None)) is plain:
-                last.__class__ = careful                                 # not a hook: torch.compile cannot trace one that leaves autocast
-                return network
+    for part in network.experts if isinstance(network, Experts) else (network,):
+        for names, careful in ((FIRST, (_FirstConv2d, _FirstConv3d, _FirstLinear)), (LAST, (_Conv2d, _Conv3d, _Linear))):
+            layer = next(filter(lambda found: type(found) in PLAIN, (_submodule(part, name) for name in names)), None)
+            if layer is not None:
+                layer.__class__ = careful[PLAIN.index(type(layer))]      # not a hook: torch.compile cannot trace one that leaves autocast
     return network
 
 
-class _Conv2d(nn.Conv2d):
+def _submodule(network: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+class _Outside(nn.Module):
+    """Beside a layer: run outside autocast, in the precision of its weights."""
+
+    weight: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 
 
-class _Linear(nn.Linear):
+class _Rounded(_Outside):
+    """The same, its result in the precision that autocast would have given it."""
+
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
+        out = super().forward(x)
+        return out.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else out
+
+
+class _Conv2d(_Outside, nn.Conv2d):
+    pass
+
+
+class _Conv3d(_Outside, nn.Conv3d):
+    pass
+
+
+class _Linear(_Outside, nn.Linear):
+    pass
+
+
+class _FirstConv2d(_Rounded, nn.Conv2d):
+    pass
+
+
+class _FirstConv3d(_Rounded, nn.Conv3d):
+    pass
+
+
+class _FirstLinear(_Rounded, nn.Linear):
+    pass

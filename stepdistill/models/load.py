@@ -26,7 +26,7 @@ from torch.nn import functional
 from stepdistill import worlds
 from stepdistill.diffusion.process import Flow, NoiseProcess, TableVP
 from stepdistill.models.conditioning import Conditioning
-from stepdistill.models.denoiser import Denoiser, default_taps, keep_output_float32
+from stepdistill.models.denoiser import Denoiser, default_taps, keep_ends_float32
 from stepdistill.models.experts import Experts
 from stepdistill.models.inputs import ToldDiTTransformer2DModel, ToldUNet2DModel
 from stepdistill.models.quantize import QuantizeRecipe, config_of, network_among, requantized
@@ -328,7 +328,7 @@ def load_teacher(path: str | Path, *, device: torch.device | str = "cpu", autoca
         raise FileNotFoundError(f"{folder} has no scheduler_config.json, so its noise process is unknown")
     scheduler = read_json(scheduler_file)
     process, kind, clock = process_of(scheduler)
-    networks = [keep_output_float32(load_network(path)).to(device) for path in (inner, *sorted(folder.glob("unet_[2-9]")))]
+    networks = [keep_ends_float32(load_network(path)).to(device) for path in (inner, *sorted(folder.glob("unet_[2-9]")))]
     if dtype != torch.float32:
         for network in networks:
             nn.Module.to(network, dtype)                # diffusers' own logs an empty list of modules it would keep

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stepdistill import worlds
 from stepdistill.diffusion.process import Flow
 from stepdistill.models.conditioning import Conditioning
-from stepdistill.models.denoiser import Denoiser, default_taps, keep_output_float32
+from stepdistill.models.denoiser import Denoiser, default_taps, keep_ends_float32
 from stepdistill.models.load import NETWORKS, NOTES, SpaceToDepth, read_json, without_dropout
 from stepdistill.models.wiring import FromClock, FromCondition, FromSample, FromScale, Layout, Static, Wiring, leaves_of
 
@@ -89,9 +89,7 @@ class NetworkSpec:
 
     def denoiser(self, *, dtype: torch.dtype, guidance: float, autocast: torch.dtype | None, taps: tuple[str, ...] = ()) -> Denoiser:
         """The network on the meta device, called as `arguments` say. Its process is flow matching: that changes numbers, not bytes."""
-        network = nn.Module.to(self.build(), dtype)
-        if not self.prompted:
-            keep_output_float32(network)
+        network = keep_ends_float32(nn.Module.to(self.build(), dtype))
         learned_variance = self.config.get("out_channels") == 2 * self.config.get("in_channels", 0)
         wiring = Wiring(self._wired(self.arguments), Layout("slice", (0,)) if learned_variance else Layout(), 1.0)
         return Denoiser(network, Flow(), "flow", guidance=guidance, autocast=autocast, taps=taps or default_taps(network), wiring=wiring)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.denoiser import keep_ends_float32
 from stepdistill.models.drive import GUIDER
 from stepdistill.models.kept import Bank, Kept
 from stepdistill.models.latents import LatentLaw, learn_latents
@@ -201,6 +202,7 @@ def _taught(pipeline: Any, folder: Path, prompts: Sequence[str], call: Mapping[s
         recording = record(pipeline, inputs)
         codec = PipelineCodec(recording, inputs)
     denoiser = recording.denoiser
+    keep_ends_float32(denoiser.network)
     denoiser.guidance, denoiser.autocast, denoiser.taps = guidance, autocast, taps or denoiser.taps
     bank: Bank | None
     if kept is not None:

@@ -1,6 +1,7 @@
 """Denoiser over real, tiny networks of diffusers: clocks, precision, taps, learned variances."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from toys import Counted, tiny_dit, tiny_unet
 
 from stepdistill.diffusion.process import Flow, Karras, TableVP, Trig
 from stepdistill.models.conditioning import Conditioning
-from stepdistill.models.denoiser import CLOCKS, Denoiser, default_taps, keep_output_float32, tapped
+from stepdistill.models.denoiser import CLOCKS, PLAIN, Denoiser, default_taps, keep_ends_float32, tapped
+from stepdistill.models.experts import Experts
+from stepdistill.models.load import load_teacher
 
 TABLE = TableVP.scaled_linear()
 
@@ -113,7 +116,7 @@ def test_precision(make, stored, autocast, out):
 def test_last_layer_runs_in_float32(make):
     """T18: under autocast the output loses no bits to bfloat16 in the last layer, whose input it is computed from exactly."""
     net = make()
-    keep_output_float32(net.network)
+    keep_ends_float32(net.network)
     net.autocast = torch.bfloat16
     last = net.network.conv_out if isinstance(net.network, UNet2DModel) else net.network.proj_out_2
     seen = []
@@ -129,18 +132,64 @@ def test_last_layer_runs_in_float32(make):
     assert not torch.equal(out, out.bfloat16().float())
 
 
+@NETS
+def test_first_layer_reads_the_state_itself(make):
+    """Under autocast the state is not rounded to bfloat16 before the first layer, whose result is."""
+    net = make()
+    keep_ends_float32(net.network)
+    net.autocast = torch.bfloat16
+    first = net.network.conv_in if isinstance(net.network, UNet2DModel) else net.network.pos_embed.proj
+    seen = []
+    with first.register_forward_hook(lambda module, args, out: seen.append((args[0], out))):
+        x, t, cond = problem(net)
+        with torch.no_grad():
+            net(x, t, cond)
+    given, out = seen[0]
+    assert out.dtype == torch.bfloat16
+    expected = nn.functional.conv2d(given, first.weight, first.bias, first.stride, first.padding)
+    rounded = nn.functional.conv2d(given.bfloat16(), first.weight.bfloat16(), first.bias.bfloat16(), first.stride, first.padding)
+    assert torch.equal(out, expected.bfloat16())
+    assert not torch.equal(out, rounded)
+
+
+def test_a_careful_first_layer_halves_the_rounding_at_small_times():
+    """The fashion teacher at t = 0.1: 0.0031 of its output instead of 0.0061. Methods on trajectories compare neighbours there."""
+    teacher = load_teacher("fashion")
+    net = teacher.denoiser
+    noise = torch.randn(8, *teacher.shape, generator=torch.Generator().manual_seed(0))
+    x = net.process.add_noise(torch.full_like(noise, -1.0), noise, f64(0.1))
+    cond, off = Conditioning({"class_labels": torch.arange(8)}), {}
+    for kind in (type(net.network.conv_in), nn.Conv2d):
+        net.network.conv_in.__class__ = kind
+        with torch.no_grad():
+            exact = replace(net, autocast=None)(x, f64(0.1), cond).raw
+            off[kind] = float((replace(net, autocast=torch.bfloat16)(x, f64(0.1), cond).raw - exact).square().mean().sqrt())
+    careful, plain = off.values()
+    assert careful < 0.7 * plain
+
+
+def test_a_network_of_experts_and_one_without_known_ends():
+    first, other = unet().network, unet().network
+    keep_ends_float32(Experts([first, other], [0.5]))
+    assert all(type(layer) not in PLAIN for network in (first, other) for layer in (network.conv_in, network.conv_out))
+    plain = nn.Sequential(nn.Linear(2, 2))
+    assert keep_ends_float32(plain) is plain
+    assert type(plain[0]) is nn.Linear
+
+
 def test_inner_layers_still_run_in_half_precision():
     net = unet(autocast=torch.bfloat16)
-    keep_output_float32(net.network)
+    keep_ends_float32(net.network)
     seen = []
-    with net.network.conv_in.register_forward_hook(lambda module, args, out: seen.append(out.dtype)), torch.no_grad():
+    block = net.network.down_blocks[0].resnets[0].conv1
+    with block.register_forward_hook(lambda module, args, out: seen.append(out.dtype)), torch.no_grad():
         net(*problem(net))
     assert seen == [torch.bfloat16]
 
 
 def test_autocast_is_left_as_it_was():
     net = unet(autocast=torch.bfloat16)
-    keep_output_float32(net.network)
+    keep_ends_float32(net.network)
     with torch.no_grad():
         net(*problem(net))
         assert not torch.is_autocast_enabled("cpu")
@@ -152,7 +201,7 @@ def test_autocast_is_left_as_it_was():
 
 def test_autocast_is_left_as_it_was_when_the_last_layer_raises():
     net = unet(autocast=torch.bfloat16)
-    last = keep_output_float32(net.network).conv_out
+    last = keep_ends_float32(net.network).conv_out
 
     def fail(*args):
         raise RuntimeError("out of memory, say")
@@ -176,7 +225,7 @@ def test_autocast_is_left_as_it_was_when_the_last_layer_raises():
 def test_copies_stand_alone(make):
     """A deep copy gives the same output, keeps its float32 last layer, and shares no weight."""
     net = make()
-    keep_output_float32(net.network)
+    keep_ends_float32(net.network)
     net.autocast, net.wrapped = torch.bfloat16, nn.Identity()
     with torch.no_grad():
         twin = net.copy()
@@ -195,7 +244,7 @@ def test_copies_stand_alone(make):
 
 def test_half_precision_storage_of_the_last_layer():
     net = unet(autocast=torch.bfloat16)
-    keep_output_float32(net.network).to(torch.bfloat16)
+    keep_ends_float32(net.network).to(torch.bfloat16)
     with torch.no_grad():
         assert net(*problem(net)).raw.dtype == torch.float32
 
