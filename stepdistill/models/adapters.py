@@ -25,10 +25,13 @@ from stepdistill.models.inputs import telling, told_now
 
 _LAYERS: WeakKeyDictionary[nn.Module, list[LoraLayer]] = WeakKeyDictionary()
 
+ALL = ("all",)
+
 
 @dataclass(frozen=True)
 class LoraRecipe:
-    """A role's adapter. `targets` are ends of module names; by default every linear and convolution layer inside the blocks."""
+    """A role's adapter. `targets` are ends of module names, by default every linear and convolution layer inside the blocks; `[all]` has
+    those outside, too."""
 
     rank: int = 64
     alpha: float | None = None                           # the update is scaled by alpha / rank; default: rank
@@ -64,6 +67,8 @@ def target_names(network: nn.Module, targets: Sequence[str]) -> list[str]:
     if not targets:
         place = 2 if isinstance(network, Experts) else 0                 # behind "experts.0."
         return [name for name in layers if "block" in name.split(".")[place] or name.split(".")[place] == "layers"] or layers
+    if tuple(targets) == ALL:
+        return layers
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             ends = sorted({name.split(".")[-1] for name in layers} | set(layers))

@@ -206,6 +206,13 @@ def test_grouped_convolutions_are_left_alone():
     assert target_names(network, ()) == ["block.1"]
 
 
+def test_all_targets_are_the_layers_outside_the_blocks_too():
+    network = unet()
+    inside, every = target_names(network, ()), target_names(network, ["all"])
+    assert set(every) - set(inside) == {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
+    assert set(inside) < set(every)
+
+
 @pytest.mark.parametrize(("targets", "message"), [(("to_qq",), "did you mean 'to_q'"), (("zzzzzz",), "there are")])
 def test_targets_that_match_nothing(targets, message):
     with pytest.raises(ValueError, match=message):
