@@ -9,6 +9,7 @@ import pytest
 
 from stepdistill import league
 from stepdistill import recipe as recipes
+from stepdistill.cli import run
 from stepdistill.eval.report import compare
 from stepdistill.methods import METHODS
 from stepdistill.training import loop
@@ -107,6 +108,13 @@ def test_nothing_is_done_twice_wherever_the_runs_have_gone(played: Path, tmp_pat
         league.play("fashion", tmp_path, played / "kept.v1", [], 800, 50)
     with pytest.raises(ValueError, match="no recipe fashion/nothing"):
         league.play("fashion", tmp_path, played / "kept.v1", ["nothing"], 700, 50)
+
+
+def test_the_command_names_the_page_it_wrote(played: Path, capfd: pytest.CaptureFixture[str]):
+    kept = played / "kept.v1"
+    assert run(["league", "consistency", "dmd2", "--out", str(played / "runs"), "--to", str(kept), "--budget", "700", "--count", "50"]) == 0
+    said = capfd.readouterr().out.strip()
+    assert said.endswith(f"rows in {played / 'kept.v1.md'}")
 
 
 def test_an_interrupted_run_goes_on_and_a_failure_is_a_row(played: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -211,7 +211,7 @@ def league(
     from stepdistill import league as playing
 
     content = playing.play(world, out, to, names or (), budget or playing.BUDGET, count)
-    show(content, as_json, f"{len(content['entries'])} rows in {to / 'league.md'}")
+    show(content, as_json, f"{len(content['entries'])} rows in {to.with_name(f'{to.name}.md')}")
 
 
 def diagnose(
