@@ -127,7 +127,7 @@ def plot_quality(points: Sequence[Point], xlabel: str, title: str = "", size: tu
     _plain(axes)
     if counted:
         axes.xaxis.set_major_locator(FixedLocator(costs))
-    _tidy(axes)
+    tidy(axes)
     axes.set_xlabel(xlabel, color=INK)
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     if len(labels) <= MANY and max(len(name) for name, *_ in labels) <= LONG:
@@ -179,7 +179,8 @@ def _plain(axes: Axes) -> None:
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
 
-def _tidy(axes: Axes, grid: Literal["both", "x", "y"] = "y") -> None:
+def tidy(axes: Axes, grid: Literal["both", "x", "y"] = "y") -> None:
+    """The house's lines: two spines, a pale grid behind."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=INK, which="both")
@@ -213,7 +214,7 @@ def plot_classes(classes: Sequence[str], dots: Sequence[Dots], xlabel: str, *, r
         axes.axhline(boundary - 0.5, color=LINE, linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(classes)), classes)
     axes.set_ylim(len(classes) - 0.5, -0.5)
-    _tidy(axes, "x")
+    tidy(axes, "x")
     axes.tick_params(axis="y", length=0)
     if least:
         axes.xaxis.set_major_locator(FixedLocator([0.0, *(10.0**k for k in range(math.ceil(math.log10(least) - 1e-9), 1))]))
@@ -246,7 +247,7 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], logarithmic: 
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if axes.get_yscale() == "linear":                   # by itself it would change its ticks with the room that was made for them
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    _tidy(axes)
+    tidy(axes)
     axes.set_xlabel("step", color=INK)
     if len(curves) > 1:
         columns = max(1, min(4, LETTERS // (HANDLE + max(map(len, labels.values())))))

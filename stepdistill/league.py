@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from stepdistill import diagnose, methods, pairs, worlds
 from stepdistill import recipe as recipes
@@ -290,10 +291,12 @@ def plot(entries: Sequence[dict[str, Any]]) -> Figure:
     order = sorted(students, key=lambda n: min(map(value, students[n])), reverse=True)
     figure = Figure(figsize=(8, 1.4 + 0.32 * max(1, len(order))), layout="constrained")
     axes = figure.subplots()
-    for calls, colour in zip(CALLS, charts.COLOURS[:len(CALLS)], strict=True):
-        points = [(value(e), i) for i, n in enumerate(order) for e in students[n] if e["calls"] == calls]
-        axes.scatter([x for x, _ in points], [y for _, y in points], color=colour, s=42, zorder=3, edgecolor="white",
-                     label=f"{calls} call{'s' if calls > 1 else ''}")
+    for place, (calls, colour) in enumerate(zip(CALLS, charts.COLOURS[:len(CALLS)], strict=True)):
+        points = [(value(e), i + 0.2 * (1 - place), 2 * e["metrics"][head]["se"]) for i, n in enumerate(order) for e in students[n] if e["calls"] == calls]
+        if points:
+            x, y, halves = zip(*points, strict=True)
+            axes.errorbar(x, y, xerr=halves, linestyle="none", marker="o", markersize=6.5, markeredgecolor="white", elinewidth=1.2,
+                          color=colour, zorder=3, label=f"{calls} call{'s' if calls > 1 else ''}")
     teachers = dict.fromkeys(e["teacher"] for e in entries if "passes" not in e)
     for teacher, colour in zip(teachers, cycle((charts.GREY, charts.INK)), strict=False):                    # the colours do not end
         for calls, style in ((max(CALLS), (0, (4, 3))), (50, "-")):
@@ -301,9 +304,12 @@ def plot(entries: Sequence[dict[str, Any]]) -> Figure:
             if found:
                 axes.axvline(min(found), color=colour, linewidth=1.2, linestyle=style, zorder=1, label=f"{teacher}, {calls} steps")
     axes.set_yticks(range(len(order)), order)
+    axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xscale("log")
-    axes.set_xlabel(f"{head}, lower is better", color=charts.INK)
-    axes.grid(axis="x", which="both", color="#e4e7eb", linewidth=0.8, zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.set_xlabel(f"{head}, lower is better; bars are two standard errors", color=charts.INK)
+    charts.tidy(axes, "x")
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
