@@ -292,7 +292,8 @@ def plot(entries: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(8, 1.4 + 0.32 * max(1, len(order))), layout="constrained")
     axes = figure.subplots()
     for place, (calls, colour) in enumerate(zip(CALLS, charts.COLOURS[:len(CALLS)], strict=True)):
-        points = [(value(e), i + 0.2 * (1 - place), 2 * e["metrics"][head]["se"]) for i, n in enumerate(order) for e in students[n] if e["calls"] == calls]
+        points = [(value(e), i + 0.2 * (1 - place), 2 * e["metrics"][head]["se"])
+                  for i, n in enumerate(order) for e in students[n] if e["calls"] == calls]
         if points:
             x, y, halves = zip(*points, strict=True)
             axes.errorbar(x, y, xerr=halves, linestyle="none", marker="o", markersize=6.5, markeredgecolor="white", elinewidth=1.2,
