@@ -38,6 +38,7 @@ COST = {"none": 1, "input": 2, "weights": 3}            # of a forward pass, and
 PAIRED = 1 / 6                                          # of the budget of a method that reads pairs: what they may cost
 PAIR_STEPS = 10                                         # of the ODE that makes them, by dpmpp_2m
 LOG = "log.jsonl"
+DRIFTS = ("contrast", "spread")                         # of `stepdistill.drift`, in the table
 BASELINES = [(solver, calls) for solver in ("ddim", "dpmpp_2m") for calls in (1, 2, 4, 8, 50)]
 
 
@@ -149,9 +150,10 @@ def _baseline(teacher: str, solver: str, calls: int) -> str:
     return f"teachers/{teacher.replace('/', '_')}/{solver}_{calls}.json"
 
 
-def _score(model: str, exam: str, count: int, out: Path, to: Path, file: str, calls: int, solver: str | None = None) -> None:
+def _score(model: str, exam: str, count: int, out: Path, to: Path, file: str, calls: int, solver: str | None = None,
+           against: Path | None = None) -> None:
     """Evaluate into `out`, with features, and put the result itself into `to`."""
-    evaluate(model, exam, count, out / file, steps=calls, solver=solver)
+    evaluate(model, exam, count, out / file, steps=calls, solver=solver, against=str(against) if against else None)
     _write(to / file, (out / file).read_text())
 
 
@@ -176,6 +178,7 @@ def _row(world: str, name: str, out: Path, to: Path, budget: int, count: int) ->
                            for k, v in held.items() if k != "parameters")
         shutil.rmtree(student, ignore_errors=True)
         export(run, student)
+        theirs = _theirs(row["teacher"], exam_of(world), out, to, count)
         for calls in CALLS:
             if method.one_step and calls > 1:
                 row["results"][str(calls)] = {"left_out": "trained in one call"}
@@ -186,8 +189,8 @@ def _row(world: str, name: str, out: Path, to: Path, budget: int, count: int) ->
                 row["results"][str(calls)] = {"left_out": str(error)}
                 continue
             file = f"{name}/{calls}.json"
-            _score(str(student), exam_of(world), count, out, to, file, calls)
-            row["results"][str(calls)] = {"file": file, "difference": _difference(row["teacher"], exam_of(world), out, to, file, count)}
+            _score(str(student), exam_of(world), count, out, to, file, calls, against=theirs)
+            row["results"][str(calls)] = {"file": file, "difference": _difference(theirs, out / file)}
     except (FloatingPointError, ValueError) as error:
         row["failed"] = str(error)
         if (run / LOG).is_file():                                               # its curve is part of the row
@@ -197,13 +200,18 @@ def _row(world: str, name: str, out: Path, to: Path, budget: int, count: int) ->
     return row
 
 
-def _difference(teacher: str, exam: str, out: Path, to: Path, file: str, count: int) -> dict[str, Any]:
-    """Paired, to the teacher in the most calls, whose pictures are made again where `out` does not hold their features."""
+def _theirs(teacher: str, exam: str, out: Path, to: Path, count: int) -> Path:
+    """The result in `out` of the teacher in the most calls, made again where that folder does not hold it with its features."""
     first = compared_with(rows(to), teacher)
-    theirs = out / first["file"].relative_to(to)
+    theirs: Path = out / first["file"].relative_to(to)
     if not theirs.is_file():
         evaluate(f"teacher:{teacher}", exam, count, theirs, steps=first["calls"], solver=first["solver"])
-    pair = [report.Row(path, path.stem, path.stem, 0, path == theirs, score.read_result(path)) for path in (theirs, out / file)]
+    return theirs
+
+
+def _difference(theirs: Path, mine: Path) -> dict[str, Any]:
+    """Of two results with features beside them, paired."""
+    pair = [report.Row(path, path.stem, path.stem, 0, path == theirs, score.read_result(path)) for path in (theirs, mine)]
     return {metric: e.to_dict() for metric, e in report.subtracted(pair, report.pairings(pair))[0].items()}
 
 
@@ -243,6 +251,7 @@ def publish(to: Path) -> dict[str, Any]:
     told = iter(report.judged([{name: measures.estimate(e) for name, e in r["difference"].items()} for r in table if "passes" in r],
                               protocol["count"]))
     entries = [{"name": r["name"], "calls": r["calls"], "nfe": r["result"]["sampler"]["nfe"], "metrics": r["result"]["metrics"],
+                "drift": (r["result"]["teacher"] or {}).get("drift", {}),
                 "ms_per_image": r["result"]["speed"]["ms_per_image"],
                 **{k: r[k] for k in ("teacher", "family", "arxiv", "steps", "passes", "seconds", "bytes", "ill") if k in r},
                 "difference": next(told) if "passes" in r else None} for r in table]
@@ -260,7 +269,8 @@ def publish(to: Path) -> dict[str, Any]:
 def markdown(content: dict[str, Any]) -> str:
     """The page, which lies beside the folder of the rows: terms, one line for each model and number of calls, what failed."""
     names = list(content["entries"][0]["metrics"])
-    heads = ["model", "calls", "NFE", *(f"{n} {tables.arrow(n)}" for n in names), "against the teacher in 4", "ms / image",
+    drifts = [name for name in DRIFTS if any(name in e["drift"] for e in content["entries"])]
+    heads = ["model", "calls", "NFE", *(f"{n} {tables.arrow(n)}" for n in names), "against the teacher in 4", *drifts, "ms / image",
              "passes", "MiB", "minutes", "diagnose finds"]
     lines = [f"# League of the {content['world']} world", "",
              f"Made by `stepdistill league --world {content['world']}`. Every student is made for 4 equal steps from its recipe's first "
@@ -268,13 +278,17 @@ def markdown(content: dict[str, Any]) -> str:
              f"backward to the input 1 more, to the weights 2 more, the teacher's calls for stored pairs among them) and sampled in 1, 2 "
              f"and 4 of those calls where its sampler can; one run each, {content['count']:,} pictures, protocol "
              f"`{content['protocol_hash']}`. Errors are those of the generated sample. The paired difference in {names[0]} is to "
-             f"{' or '.join(content['compared_with'].values())}, the student's own. NFE counts both halves of guidance.", "",
+             f"{' or '.join(content['compared_with'].values())}, the student's own. NFE counts both halves of guidance."
+             + (f" What the features may not see: {' and '.join(drifts)} of the kept pictures over that teacher's; spread is how much "
+                "those of one class differ at 8x8 pixels." if drifts else ""), "",
              f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 2)}:--|"]
     for e in content["entries"]:
         delta = (e["difference"] or {}).get(names[0])
         cells = [e["name"], str(e["calls"]), str(e["nfe"]),
                  *(tables.number(e["metrics"][n]["value"], e["metrics"][n]["se"]) for n in names),
-                 f"{tables.number(delta['delta'], delta['se'])}, {delta['verdict']}" if delta else "", f"{e['ms_per_image']:.2f}",
+                 f"{tables.number(delta['delta'], delta['se'])}, {delta['verdict']}" if delta else "",
+                 *(tables.number(e["drift"][n]["value"], e["drift"][n]["se"]) if n in e["drift"] else "" for n in drifts),
+                 f"{e['ms_per_image']:.2f}",
                  f"{e['passes']:,}" if "passes" in e else "", f"{e['bytes'] / 2**20:.0f}" if "bytes" in e else "",
                  f"{e['seconds'] / 60:.1f}" if "seconds" in e else "", ", ".join(e.get("ill", []))]
         lines.append(f"| {' | '.join(cells)} |")

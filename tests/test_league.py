@@ -84,6 +84,8 @@ def test_rows_and_page(played: Path):
         if "passes" in e:
             assert 0.5 * 700 < e["passes"] < 1.5 * 700
             assert e["ill"] == []
+            assert all(0.05 < e["drift"][name]["value"] < 20 for name in ("contrast", "spread"))
+    assert "| contrast | spread |" in page
     assert (played / "kept.v1.png").stat().st_size > 5000
     assert "(kept.v1.png)" in page
 
