@@ -1,4 +1,4 @@
-"""How much of a distance is texture: real test pictures made smooth, and noise put back into their garments, scored like a student.
+"""How much of a distance is texture, and how much is brightness: real test pictures, changed and scored like a student.
 
 Smooth is what one call of the teacher makes of a picture noised to t (scripts/polish.py); the residual is what that takes away.
 
@@ -35,13 +35,21 @@ def main(to: Annotated[Path, typer.Option()], each: int = 100, t: float = 0.02, 
     anothers = residual[torch.randperm(len(rows), generator=generator)] * garment
     white = torch.randn(real.shape, generator=generator) * garment
     changed = {"real": real, "smooth": smooth, "smooth, another's residual": _add(smooth, anothers),
-               **{f"smooth, white noise of {size}": _add(smooth, size * white) for size in (5, 10, 15)}}
+               **{f"smooth, white noise of {size}": _add(smooth, size * white) for size in (5, 10, 15)},
+               "at 0.7 of the brightness": _add(0.7 * real.float(), torch.zeros(())), "each class of one brightness": _level(real, labels)}
     table: dict[str, Any] = {}
     for name, images in changed.items():
         table[name] = {key: {"value": m.value, "se": m.se} for key, m in score.score(images, labels, exam).metrics.items()}
         print(name, {key: round(m["value"], 3) for key, m in table[name].items()})
     rms = float(residual[garment].square().mean().sqrt())
     write_atomically(to, json.dumps({"protocol_hash": exam.hash, "t": t, "residual_rms": rms, "scores": table}, indent=1) + "\n")
+
+
+def _level(images: Tensor, labels: Tensor) -> Tensor:
+    """Every picture made as bright as its class is in the mean, as far as white allows."""
+    mean = images.float().mean((1, 2, 3))
+    wanted = torch.stack([mean[labels == label].mean() for label in range(10)])[labels]
+    return _add(images.float() * (wanted / mean)[:, None, None, None], torch.zeros(()))
 
 
 def _add(images: Tensor, change: Tensor) -> Tensor:
