@@ -317,7 +317,7 @@ def plot(entries: Sequence[dict[str, Any]]) -> Figure:
         for calls, style in ((max(CALLS), (0, (4, 3))), (50, "-")):
             found = [value(e) for e in entries if "passes" not in e and (e["teacher"], e["calls"]) == (teacher, calls)]
             if found:
-                axes.axvline(min(found), color=colour, linewidth=1.2, linestyle=style, zorder=1, label=f"{teacher}, {calls} steps")
+                axes.axvline(min(found), color=colour, linewidth=1.2, linestyle=style, zorder=1, label=f"teacher:{teacher}, {calls} steps")
     axes.set_yticks(range(len(order)), order)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xscale("log")

@@ -72,6 +72,19 @@ def test_prompts_take_the_place_of_classes(world):
     assert torch.equal(cond.null["encoder_hidden_states"][0], cond.null["encoder_hidden_states"][1])
 
 
+def test_autocast_rounds_neither_what_goes_in_nor_what_comes_out(world):
+    teacher = teacher_of(world, autocast=torch.bfloat16)
+    x, seen = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0)), []
+    network = teacher.denoiser.network
+    with network.conv_in.register_forward_hook(lambda module, args, out: seen.append((args[0], out.dtype))), torch.no_grad():
+        raw = teacher.denoiser(x, torch.full((2,), 0.5), teacher.condition(torch.arange(2))).raw
+    given, out = seen[0]
+    assert given.dtype == torch.float32
+    assert out == torch.bfloat16
+    assert type(network.conv_in) is not torch.nn.Conv2d                          # which would round it
+    assert not torch.equal(raw, raw.bfloat16().float())
+
+
 def test_pictures_are_what_the_pipelines_own_decoder_makes(world):
     teacher = teacher_of(world)
     x0 = torch.randn(2, 4, 8, 8)
