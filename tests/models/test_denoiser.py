@@ -112,19 +112,22 @@ def test_precision(make, stored, autocast, out):
     assert float((pred.raw - exact.raw).abs().max()) < tolerance * float(exact.raw.abs().max())
 
 
+def through(net: Denoiser, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer is given and gives in one call under autocast, the ends kept in float32."""
+    seen = []
+    net.autocast = torch.bfloat16
+    keep_ends_float32(net.network)
+    with layer.register_forward_hook(lambda module, args, out: seen.append((args[0], out))), torch.no_grad():
+        net(*problem(net))
+    return seen[0]
+
+
 @NETS
 def test_last_layer_runs_in_float32(make):
     """T18: under autocast the output loses no bits to bfloat16 in the last layer, whose input it is computed from exactly."""
     net = make()
-    keep_ends_float32(net.network)
-    net.autocast = torch.bfloat16
     last = net.network.conv_out if isinstance(net.network, UNet2DModel) else net.network.proj_out_2
-    seen = []
-    with last.register_forward_hook(lambda module, args, out: seen.append((args[0], out))):
-        x, t, cond = problem(net)
-        with torch.no_grad():
-            net(x, t, cond)
-    given, out = seen[0]
+    given, out = through(net, last)
     assert out.dtype == torch.float32
     call = nn.functional.conv2d if isinstance(last, nn.Conv2d) else nn.functional.linear
     expected = call(given.float(), last.weight, last.bias, **({"padding": 1} if isinstance(last, nn.Conv2d) else {}))
@@ -136,15 +139,8 @@ def test_last_layer_runs_in_float32(make):
 def test_first_layer_reads_the_state_itself(make):
     """Under autocast the state is not rounded to bfloat16 before the first layer, whose result is."""
     net = make()
-    keep_ends_float32(net.network)
-    net.autocast = torch.bfloat16
     first = net.network.conv_in if isinstance(net.network, UNet2DModel) else net.network.pos_embed.proj
-    seen = []
-    with first.register_forward_hook(lambda module, args, out: seen.append((args[0], out))):
-        x, t, cond = problem(net)
-        with torch.no_grad():
-            net(x, t, cond)
-    given, out = seen[0]
+    given, out = through(net, first)
     assert out.dtype == torch.bfloat16
     expected = nn.functional.conv2d(given, first.weight, first.bias, first.stride, first.padding)
     rounded = nn.functional.conv2d(given.bfloat16(), first.weight.bfloat16(), first.bias.bfloat16(), first.stride, first.padding)
