@@ -278,7 +278,8 @@ def markdown(content: dict[str, Any]) -> str:
              f"backward to the input 1 more, to the weights 2 more, the teacher's calls for stored pairs among them) and sampled in 1, 2 "
              f"and 4 of those calls where its sampler can; one run each, {content['count']:,} pictures, protocol "
              f"`{content['protocol_hash']}`. Errors are those of the generated sample. The paired difference in {names[0]} is to "
-             f"{' or '.join(content['compared_with'].values())}, the student's own. NFE counts both halves of guidance."
+             f"{' or '.join(content['compared_with'].values())}, the student's own; better or worse is beyond two "
+             "standard errors and, where many are compared, still so after Holm's adjustment. NFE counts both halves of guidance."
              + (f" What the features may not see: {' and '.join(drifts)} of the kept pictures over that teacher's; spread is how much "
                 "those of one class differ at 8x8 pixels." if drifts else ""), "",
              f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 2)}:--|"]
