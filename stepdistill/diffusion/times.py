@@ -34,6 +34,11 @@ class Uniform:
         """(B,) float64, or a scalar for shared draws."""
         return shift(noise.uniform(self.low, self.high), self.shift)
 
+    def holds(self, other: Uniform) -> bool:
+        """Whether this may draw every time that the other may."""
+        (low, high), (theirs, top) = (shift(torch.tensor((u.low, u.high), dtype=torch.float64), u.shift).tolist() for u in (self, other))
+        return low <= theirs and top <= high
+
     def below(self, t: float) -> Uniform:
         """The same, cut off at time t in (0, 1]: the bounds move in the unshifted variable, and what is drawn stays below t."""
         u = float(shift(torch.tensor(t, dtype=torch.float64), 1 / self.shift))

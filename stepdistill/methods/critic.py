@@ -51,6 +51,12 @@ def check_critic(fake_updates: int, *, dropout: float = 0.0, gan_weight: float =
         raise ValueError("method.gan_weight and method.disc_weight cannot be negative")
 
 
+def check_times(times: Uniform, fake_times: Uniform) -> None:
+    """ValueError where the fake score would be asked at times that it never learns."""
+    if not fake_times.holds(times):
+        raise ValueError("method.fake_times must hold the range of method.times: the fake score is asked there")
+
+
 def check_r1(weight: float, sigma: float) -> None:
     """ValueError for options of approximate R1 that no method takes."""
     if weight < 0 or sigma <= 0:

@@ -28,7 +28,7 @@ from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.matching import dmd_scale, matching_loss
 from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import alternating, check_critic, critic_loss, handed_on
+from stepdistill.methods.critic import alternating, check_critic, check_times, critic_loss, handed_on
 from stepdistill.models.roles import Role, Roles
 
 
@@ -43,6 +43,7 @@ class DecoupledDMDConfig:
 
     def __post_init__(self) -> None:
         check_critic(self.fake_updates)
+        check_times(self.times, self.fake_times)
 
 
 class DecoupledDMD(Method[DecoupledDMDConfig]):

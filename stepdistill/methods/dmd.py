@@ -31,7 +31,7 @@ from stepdistill.losses.distance import huber_or_l2
 from stepdistill.losses.matching import matching_loss
 from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Conditions, Loss, Method, Pairs, Stream, Update
-from stepdistill.methods.critic import alternating, critic_loss
+from stepdistill.methods.critic import alternating, check_times, critic_loss
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
 
@@ -49,6 +49,7 @@ class DMDConfig:
     def __post_init__(self) -> None:
         if self.reg_weight < 0 or self.huber < 0:
             raise ValueError("method.reg_weight and method.huber cannot be negative")
+        check_times(self.times, self.fake_times)
 
     @property
     def matches(self) -> bool:

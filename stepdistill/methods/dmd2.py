@@ -24,12 +24,12 @@ from torch import Tensor
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.process import like
 from stepdistill.diffusion.sampler import SamplerSpec, one_call
-from stepdistill.diffusion.times import Uniform, shift
+from stepdistill.diffusion.times import Uniform
 from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.matching import matching_loss
 from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Stream, Update
-from stepdistill.methods.critic import Judge, alternating, check_critic, check_r1, critic_loss, handed_on
+from stepdistill.methods.critic import Judge, alternating, check_critic, check_r1, check_times, critic_loss, handed_on
 from stepdistill.models.roles import Role, Roles
 
 
@@ -53,10 +53,7 @@ class DMD2Config:
         check_r1(self.r1_weight, self.r1_sigma)
         if not (0 <= self.sds_share <= 1 and 0 <= self.sds_below <= 1):
             raise ValueError("method.sds_share and method.sds_below must lie in [0, 1]")
-        (low, high), (fake_low, fake_high) = (
-            shift(torch.tensor((u.low, u.high), dtype=torch.float64), u.shift).tolist() for u in (self.times, self.fake_times))
-        if fake_low > low or fake_high < high:
-            raise ValueError("method.fake_times must hold the range of method.times: the fake score is asked there")
+        check_times(self.times, self.fake_times)
 
 
 class DMD2(Method[DMD2Config]):

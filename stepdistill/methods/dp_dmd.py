@@ -35,7 +35,7 @@ from stepdistill.losses.denoising import denoising_loss
 from stepdistill.losses.matching import dmd_scale, matching_loss
 from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import alternating, check_critic, critic_loss, handed_on
+from stepdistill.methods.critic import alternating, check_critic, check_times, critic_loss, handed_on
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
 
@@ -53,6 +53,7 @@ class DPDMDConfig:
 
     def __post_init__(self) -> None:
         check_critic(self.fake_updates)
+        check_times(self.times, self.fake_times)
         if self.weight < 0:
             raise ValueError(f"method.weight cannot be negative, got {self.weight}")
         if not 0 < self.anchor_steps <= self.teacher_steps:

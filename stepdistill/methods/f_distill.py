@@ -33,7 +33,7 @@ from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.matching import dmd_scale, matching_loss
 from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Setup, Stream, Update
-from stepdistill.methods.critic import alternating, check_critic, critic_loss, handed_on
+from stepdistill.methods.critic import alternating, check_critic, check_times, critic_loss, handed_on
 from stepdistill.models.roles import Role, Roles
 
 KEPT = 0.9                                              # of the running mean of h, at each update of the student
@@ -64,6 +64,7 @@ class FDistillConfig:
 
     def __post_init__(self) -> None:
         check_critic(self.fake_updates, gan_weight=self.gan_weight, disc_weight=self.disc_weight)
+        check_times(self.times, self.fake_times)
         if not (len(self.ratio) == 2 and 0 < self.ratio[0] < self.ratio[1]):
             raise ValueError(f"method.ratio needs 0 < low < high, got {list(self.ratio)}")
         if self.disc_weight == 0:

@@ -21,7 +21,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, one_call
 from stepdistill.diffusion.times import Uniform
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import alternating, check_critic, handed_on
+from stepdistill.methods.critic import alternating, check_critic, check_times, handed_on
 from stepdistill.methods.vsd import fake_loss, vsd_loss
 from stepdistill.models.roles import Role, Roles
 
@@ -42,6 +42,7 @@ class PGSBConfig:
             raise ValueError(f"method.guidance_low must lie in [0, method.guidance_high), got {self.guidance_low} and "
                              f"{self.guidance_high}; swiftbrush is this method at one guidance")
         check_critic(self.fake_updates, dropout=self.dropout)
+        check_times(self.times, self.fake_times)
 
 
 class PGSB(Method[PGSBConfig]):

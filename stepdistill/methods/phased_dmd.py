@@ -14,8 +14,9 @@ is plain denoising. The student follows the ODE, so it is sampled with renoise 0
 `experts: false` trains one student for all phases, at the memory and the size of one: phases take turns, so that it forgets none, and each
 keeps a fake score of its own, `fake_1` to `fake_P`.
 
-Differs from the paper: experts are full copies, where there they are adapters on the teacher. t is uniform on the inner 96 % of its range.
-The weight is ours, they clamp. The normaliser stands in the place of alpha_t/sigma_t² of the KL gradient.
+Differs from the paper: experts are full copies, where there they are adapters on the teacher. The student's t is uniform on the inner
+96 % of its range, the fake score's on all but the lowest 2 %. The weight is ours, they clamp. The normaliser stands in the place of
+alpha_t/sigma_t² of the KL gradient.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from stepdistill.losses.denoising import denoising_loss, subinterval_target
 from stepdistill.losses.matching import dmd_scale, matching_loss
 from stepdistill.losses.reported import level
 from stepdistill.methods.base import Batch, Loss, Method, Setup, Stage, Update
+from stepdistill.methods.critic import check_times
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
 
@@ -55,6 +57,7 @@ class PhasedDMDConfig:
             raise ValueError(f"method.phases and method.fake_updates must be at least 1, got {self.phases} and {self.fake_updates}")
         if self.fake_times.low == 0:
             raise ValueError("method.fake_times.low must be above 0: the target of a sub-interval is infinite where it begins")
+        check_times(self.times, self.fake_times)
 
 
 class PhasedDMD(Method[PhasedDMDConfig]):

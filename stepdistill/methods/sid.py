@@ -32,7 +32,7 @@ from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.matching import sid_loss
 from stepdistill.losses.reported import level, score_gap
 from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Stream, Update
-from stepdistill.methods.critic import check_critic, check_r1, critic_loss, dropped
+from stepdistill.methods.critic import check_critic, check_r1, check_times, critic_loss, dropped
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.roles import Role, Roles
 
@@ -55,6 +55,7 @@ class SiDConfig:
 
     def __post_init__(self) -> None:
         check_critic(self.fake_updates, dropout=self.dropout, gan_weight=self.gan_weight, disc_weight=self.disc_weight)
+        check_times(self.times, self.fake_times)
         check_r1(self.r1_weight, self.r1_sigma)
 
 

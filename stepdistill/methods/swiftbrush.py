@@ -22,7 +22,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, one_call
 from stepdistill.diffusion.times import Uniform
 from stepdistill.methods.base import Batch, Loss, Method, Update
-from stepdistill.methods.critic import alternating, check_critic, handed_on
+from stepdistill.methods.critic import alternating, check_critic, check_times, handed_on
 from stepdistill.methods.vsd import fake_loss, vsd_loss
 from stepdistill.models.roles import Role, Roles
 
@@ -38,6 +38,7 @@ class SwiftBrushConfig:
 
     def __post_init__(self) -> None:
         check_critic(self.fake_updates, dropout=self.dropout)
+        check_times(self.times, self.fake_times)
 
 
 class SwiftBrush(Method[SwiftBrushConfig]):

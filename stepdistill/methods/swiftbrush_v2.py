@@ -30,7 +30,7 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, one_call
 from stepdistill.diffusion.times import Uniform
 from stepdistill.methods.base import Batch, Loss, Method, Setup, Stage, Update
-from stepdistill.methods.critic import alternating, check_critic, handed_on
+from stepdistill.methods.critic import alternating, check_critic, check_times, handed_on
 from stepdistill.methods.vsd import fake_loss, vsd_loss
 from stepdistill.models.judges import CLASSIFIERS
 from stepdistill.models.roles import Role, Roles
@@ -50,6 +50,7 @@ class SwiftBrushV2Config:
 
     def __post_init__(self) -> None:
         check_critic(self.fake_updates, dropout=self.dropout)
+        check_times(self.times, self.fake_times)
         if self.align_weight < 0 or not -1 < self.align_above <= 1:
             raise ValueError("method.align_weight cannot be negative, and method.align_above is a cosine in (-1, 1], got "
                              f"{self.align_weight} and {self.align_above}")

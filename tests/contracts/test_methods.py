@@ -1,5 +1,6 @@
 """What every method must obey, over the table of methods. A new method is tested by adding its line to METHODS."""
 
+import dataclasses
 import inspect
 import json
 import re
@@ -17,7 +18,7 @@ from stepdistill.diffusion.sampler import SamplerSpec, sample
 from stepdistill.diffusion.times import trailing
 from stepdistill.losses.reported import Mean
 from stepdistill.methods import METHODS, find
-from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Pairs, Sample, Setup
+from stepdistill.methods.base import Batch, Conditions, Images, Loss, Method, Pairs, Sample, Setup, Update
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser, default_taps
 from stepdistill.models.load import process_of
@@ -72,6 +73,10 @@ every_kind = pytest.mark.parametrize("kind", SCHEDULERS)
 def calls(name: str, steps: int) -> int:
     """Of a student asked for in so many steps."""
     return 1 if find(name).one_step else max(steps, LEAST.get(name, 1))
+
+
+def fields_of(method: type[Method]) -> list[str]:
+    return [field.name for field in dataclasses.fields(method.Config)]
 
 
 def make(name: str, options: Mapping, kind: str = "eps", steps: int = 1, guidance: float = 2.0) -> tuple[Method, Roles]:
@@ -131,6 +136,10 @@ def one_period(method: Method) -> list[tuple[int, int, object]]:
 
 def snapshot(roles: Roles) -> dict[str, list[torch.Tensor]]:
     return {name: [v.clone() for v in roles.module(name).state_dict().values()] for name in roles.names}
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def optim(roles: Roles) -> dict[str, OptimRecipe]:
@@ -205,15 +214,25 @@ def test_losses_are_scalars_with_plain_logs(name, options):
 
 @every_case
 def test_frozen_roles_stay_bit_identical(name, options):
-    """A real run moves every trained role, and the teacher by not one bit."""
+    """A real run moves every trained role, none of them in the others' updates, and the teacher by not one bit."""
     method, roles = make(name, options)
-    before = snapshot(roles)
-    train(method, roles, optim(roles), 3, draws, data(method))
-    after = snapshot(roles)
-    for a, b in zip(before.get("teacher", []), after.get("teacher", []), strict=True):               # not every method asks one
-        assert torch.equal(a, b)
+    first, before, batch = snapshot(roles), {}, data(method)
+
+    def batch_of(keys: Draws) -> Batch:
+        before.update(snapshot(roles))
+        return batch(keys)
+
+    def watch(step: int, update: Update) -> None:
+        after = snapshot(roles)
+        for role in set(roles.trains) - set(update.trains):
+            assert same(before[role], after[role]), f"{update.loss} moved {role}"
+        before.update(after)
+
+    train(method, roles, optim(roles), 3, draws, batch_of, watch)
+    last = snapshot(roles)
+    assert same(first.get("teacher", []), last.get("teacher", []))                                   # not every method asks one
     for role in roles.trains:
-        assert not all(torch.equal(a, b) for a, b in zip(before[role], after[role], strict=True)), role
+        assert not same(first[role], last[role]), role
     assert not any(roles.module(role).training for role in roles.names if role not in roles.trains)
 
 
@@ -324,3 +343,10 @@ def test_unknown_method():
 def test_configuration_is_checked(name):
     with pytest.raises(ValueError, match=r"unknown recipe key 'method\.no_such_key'"):
         build(METHODS[name].Config, {"no_such_key": 1}, "method")
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if {"times", "fake_times"} <= set(fields_of(method))])
+def test_the_fake_score_learns_wherever_it_is_asked(name):
+    for low, high, factor in ((0.1, 1.0, 1.0), (0.001, 0.9, 1.0), (0.02, 0.98, 5.0)):                # the shifted ends count
+        with pytest.raises(ValueError, match=r"method\.fake_times must hold the range of method\.times"):
+            build(METHODS[name].Config, {"fake_times": {"low": low, "high": high, "shift": factor}}, "method")
