@@ -13,14 +13,18 @@ Nothing but the divisor is detached: the gradient runs through both score networ
     Zero-CFG     the recipe's guidance 1, fake_guidance 0: the fake score never sees the condition                  (2505.12674, sec. 3.3)
     Anti-CFG     the recipe's guidance 1, fake_guidance -1; the fake score is trained plain                         (2505.12674, sec. 3.3)
 
+A dropped condition is dropped for the whole update, the student's sample and the pictures in it.
+
 Differs from the authors' code: means over elements where they sum and scale; s uniform, then shifted, where they follow Karras; the
-discriminator is a head of its own on the fake score's features, not a pooling of them; the student moves before the fake score.
+discriminator is a head of its own on the fake score's features, not a pooling of them, its logits are not clamped, and generated samples
+and pictures get noise of their own; the GAN term is not divided by the loss's weight, and there from the start; the student moves before
+the fake score. SiD-DiT's menu of weights and its rollouts with one noise or none are not here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +43,8 @@ from stepdistill.models.roles import Role, Roles
 
 @dataclass(frozen=True)
 class SiDConfig:
-    """Defaults are those of the text-to-image papers (SiD-LSG, few-step SiD); class-conditional pixel models took alpha 1.2."""
+    """Defaults are those of the text-to-image papers, `fake_guidance` aside, which names the variant; class-conditional pixel models
+    took alpha 1.2."""
 
     alpha: float = 1.0                              # of |d|²: 0.5 learns slowly, above 1.2 diverges
     fake_updates: int = 1                           # fake-score updates per student update
@@ -84,11 +89,12 @@ class SiD(Method[SiDConfig]):
 
     def critic_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         cfg, cond = self.cfg, batch["main"].cond
+        real = batch["real"] if cfg.gan_weight else None
         if cfg.fake_guidance not in (0, 1):
             cond = dropped(cond, cfg.dropout, draws)
+            real = real and replace(real, cond=dropped(real.cond, cfg.dropout, draws))     # else the condition alone would tell them apart
         return critic_loss(m, self.process, self.rollout(m, cond, draws, grad=False), cond, cfg.fake_times, draws,
-                           w=cfg.fake_guidance if cfg.fake_guidance >= 0 else 1.0,
-                           real=batch["real"] if cfg.gan_weight else None, disc_weight=cfg.disc_weight,
+                           w=cfg.fake_guidance if cfg.fake_guidance >= 0 else 1.0, real=real, disc_weight=cfg.disc_weight,
                            r1_weight=cfg.r1_weight, r1_sigma=cfg.r1_sigma)
 
     def student_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:

@@ -150,6 +150,33 @@ def test_two_products_equal_one_graph(lora, checkpointing, options):
     assert float((whole - parts).norm()) < 1e-5 * float(whole.norm())
 
 
+def test_the_student_fools_the_discriminator():
+    """What the GAN term adds to loss and gradient is gan_weight·softplus(-logits) at the fake score's features of the same x_s."""
+    plain, both = sid(), sid(gan_weight=0.3)
+    m, keyed = unet_roles(both), draws()
+    added = gradient(both, m) - gradient(plain, m)
+    m.train_only(("student",))
+    x0 = both.rollout(m, labelled(keyed, both)["main"].cond, keyed, grad=True)
+    x_s = TABLE.add_noise(x0, keyed.each("eps").normal_like(x0), s := Uniform(0.02, 0.98).sample(keyed.each("s")))
+    fool = torch.nn.functional.softplus(-m.disc(m.fake(x_s, s, labelled(keyed, both)["main"].cond, tap=True).features)).mean()
+    by_hand = torch.cat([g.flatten() for g in torch.autograd.grad(0.3 * fool, list(m.parameters("student")))])
+    assert float((added - by_hand).norm()) < 1e-3 * float(by_hand.norm())
+    losses = [method.student_loss(m, labelled(keyed, method), keyed).value.detach() for method in (both, plain)]
+    torch.testing.assert_close(losses[0] - losses[1], 0.3 * fool.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_discriminator_is_never_told_by_the_condition():
+    """An update that drops the student's condition drops the pictures', too."""
+    seen = []
+    method = sid(gan_weight=0.1, fake_guidance=-1.0, dropout=0.5)
+    m = unet_roles(method)
+    m.fake.network.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True)
+    for step in range(8):
+        method.critic_loss(m, labelled(draws(step), method), draws(step))
+    null = [labels.count(3) for labels in seen]
+    assert set(null) == {0, 2 * COUNT}
+
+
 def test_the_split_holds_one_score_network_at_a_time():
     """Bytes that autograd keeps: at most one network's activations beside the student's, where one graph keeps both."""
     def kept(split: bool) -> int:
