@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from diffusers import DiffusionPipeline
 from tiny import final_tensors, png_size, unequal
 from zoo import basics, images
 
-from stepdistill import cli
+from stepdistill import cli, pairs
 from stepdistill import recipe as recipes
 from stepdistill.data.pictures import read_pictures
 from stepdistill.data.prompts import read_prompts
@@ -21,8 +22,11 @@ from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, sample
 from stepdistill.export import export
 from stepdistill.images import save_png, to_image
+from stepdistill.methods import METHODS
+from stepdistill.methods.base import Images, Pairs
 from stepdistill.models.load import load_teacher
-from stepdistill.training import loop
+from stepdistill.recipe import build
+from stepdistill.training import loop, measure
 from stepdistill.training.assemble import assemble
 from stepdistill.training.measure import dry_run
 
@@ -225,17 +229,48 @@ def captioned(world):
     return folder
 
 
-@pytest.mark.parametrize("method", ["dmd2", "consistency"])
-def test_methods_that_read_pictures_take_captioned_ones(world, captioned, tmp_path, method):
-    options = {"dmd2": {"name": "dmd2", "fake_updates": 2, "gan_weight": 0.1}, "consistency": {"name": "consistency", "intervals": 10}}
-    trained = {"dmd2": ("student", "fake", "disc"), "consistency": ("student",)}
-    changes = {"method": options[method], "optim": {name: {"lr": 1e-4} for name in trained[method]}, "data": {"folder": str(captioned)}}
-    chosen = recipes.parse(tree(world, **changes))
+CHEAP = {"progressive": {"start": 8}, "dp_dmd": {"teacher_steps": 4, "anchor_steps": 1}, "imagine_flash": {"teacher_steps": 2},
+         "ctm": {"points": 6, "solver_steps": 1}, "swiftbrush_v2": {"align_weight": 0.0}, "dmd2": {"fake_updates": 2}}
+
+
+@pytest.fixture(scope="module", params=["sd15", "sd3"])
+def teacher(request, world):
+    """What a recipe says of its teacher: a U-Net that predicts eps, or a transformer that flows."""
+    if request.param == "sd15":
+        return tree(world)["teacher"]
+    images.EXHIBITS["sd3"].build().save_pretrained(world / "sd3")
+    return {"path": str(world / "sd3"), "call": {"height": 16, "width": 16, "max_sequence_length": 24}}
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.finishes and name != "add"])
+def test_every_method_trains_on_prompts(world, captioned, tmp_path, teacher, name):
+    """Two steps from whatever it reads: prompts, captioned pictures, pairs made of prompts. add refuses pipelines with prompts."""
+    method = METHODS[name]
+    config = build(method.Config, CHEAP.get(name, {}), "method")
+    streams = method.data(config).values()
+    folder = {"folder": str(captioned)} if any(isinstance(stream, Images) for stream in streams) else {}
+    trained = {role for role, made in method.needs(config).items() if made.trains}
+    chosen = recipes.parse(tree(
+        world, teacher=teacher, method={"name": name, **CHEAP.get(name, {})}, optim={role: {"lr": 1e-4} for role in trained},
+        student={"steps": 1 if method.one_step else 2}, data={**tree(world)["data"], **folder}))
+    if any(isinstance(stream, Pairs) for stream in streams):
+        pairs.make(chosen, tmp_path / "pairs", count=6, steps=2)
+        chosen = replace(chosen, data=replace(chosen.data, pairs=tmp_path / "pairs"))
     run = assemble(chosen, loop.make_accelerator(chosen, None))
-    assert run.teacher.labels == tuple(PROMPTS[i % 4] for i in range(8))
-    batch = run.batch(run.draws(0, 0, 0))
-    sample = next(s for s in batch.values() if s.x0 is not None)
-    assert sample.x0.shape == (4, 4, 8, 8)
+    before = {role: [p.clone() for p in run.roles.parameters(role)] for role in run.roles.trains}
+    sample = next(iter(run.batch(run.draws(0, 0, 0)).values()))
+    assert sample.x0 is None or sample.x0.shape == (4, 4, 8, 8)
+    measure.iterate(run, 0, 2)
+    for role, held in before.items():
+        now = list(run.roles.parameters(role))
+        assert all(bool(torch.isfinite(p).all()) for p in now)
+        assert any(not torch.equal(a, b) for a, b in zip(held, now, strict=True)), role
+
+
+def test_captions_stand_for_their_pictures(world, captioned, tmp_path):
+    changes = {"method": {"name": "consistency", "intervals": 10}, "optim": {"student": {"lr": 1e-4}}, "data": {"folder": str(captioned)}}
+    chosen = recipes.parse(tree(world, **changes))
+    assert assemble(chosen, loop.make_accelerator(chosen, None)).teacher.labels == tuple(PROMPTS[i % 4] for i in range(8))
     assert loop.start(chosen, tmp_path / "run").finished
 
 

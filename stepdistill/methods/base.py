@@ -185,6 +185,13 @@ class Method(ABC, Generic[C]):
         """The streams of this configuration."""
         return {"main": Conditions()}
 
+    def without_null(self) -> str | None:
+        """What to change of the recipe for a teacher that has no null condition; None where this method never asks it.
+
+        Guided teachers are the loader's business: this is about what the method itself asks and drops.
+        """
+        return None
+
     def stages(self, steps: int) -> Sequence[Stage]:
         """How `steps` iterations are divided; one stage unless the method says otherwise."""
         return (Stage("main", steps),)

@@ -87,6 +87,9 @@ class PCM(Method[PCMConfig]):
         student = Update("student", ("student",))
         return (student, Update("disc", ("disc",), reuse=True)) if self.cfg.gan_weight else (student,)
 
+    def without_null(self) -> str | None:
+        return "set method.dropout to 0" if self.cfg.dropout else None
+
     def sampler(self) -> SamplerSpec:
         return replace(self.setup.sampler, renoise=0.0)
 

@@ -5,8 +5,8 @@
     where             x0 = student(noise),   x_s = alpha_s·x0 + sigma_s·eps
 
 One fixed w suits one backbone and breaks another. Both scores share each sample's w, so that a student with the teacher's own unguided law
-is a fixed point at every w; it is not told w. The recipe's `guidance` only has to be other than 1, without which no null condition is
-encoded. The paper's second half, NASA, acts on the attention of a finished student and is not here.
+is a fixed point at every w; it is not told w. The recipe's `guidance` is not read. The paper's second half, NASA, subtracts a negative
+prompt's features in the attention, in training and at inference, and is not here.
 
 Differs from the paper: w is drawn per sample (it does not say); no CLIP loss, which it takes from SwiftBrush v2 with the merging of two
 students (`stepdistill export --merge`); s is continuous; several steps are allowed (call n of its sampler, n drawn once for all).
@@ -55,6 +55,9 @@ class PGSB(Method[PGSBConfig]):
 
     def plan(self, step: int) -> Sequence[Update]:
         return alternating(step, self.cfg.fake_updates)
+
+    def without_null(self) -> str | None:
+        return "it guides by a number of its own for each sample; take swiftbrush"
 
     def sampler(self) -> SamplerSpec:
         return self.setup.sampler

@@ -81,6 +81,9 @@ class SiD(Method[SiDConfig]):
         critic = Update("critic", ("fake", "disc") if self.cfg.gan_weight else ("fake",))
         return (Update("student", ("student",)), critic) if step % self.cfg.fake_updates == 0 else (critic,)
 
+    def without_null(self) -> str | None:
+        return "set method.fake_guidance to 1" if self.cfg.fake_guidance != 1 else None
+
     def sampler(self) -> SamplerSpec:
         return self.setup.sampler
 

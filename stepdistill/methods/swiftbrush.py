@@ -52,6 +52,9 @@ class SwiftBrush(Method[SwiftBrushConfig]):
     def plan(self, step: int) -> Sequence[Update]:
         return alternating(step, self.cfg.fake_updates)
 
+    def without_null(self) -> str | None:
+        return "set method.dropout to 0" if self.cfg.dropout and self.setup.guidance != 1 else None
+
     def sampler(self) -> SamplerSpec:
         return self.setup.sampler
 

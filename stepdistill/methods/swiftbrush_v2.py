@@ -82,6 +82,9 @@ class SwiftBrushV2(Method[SwiftBrushV2Config]):
     def plan(self, step: int) -> Sequence[Update]:
         return alternating(step, self.cfg.fake_updates)
 
+    def without_null(self) -> str | None:
+        return "set method.dropout to 0" if self.cfg.dropout and self.setup.guidance != 1 else None
+
     def sampler(self) -> SamplerSpec:
         return self.setup.sampler
 

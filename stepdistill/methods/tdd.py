@@ -82,6 +82,9 @@ class TDD(Method[TDDConfig]):
     def data(cls, cfg: TDDConfig) -> Mapping[str, Stream]:
         return {"real": Images()}
 
+    def without_null(self) -> str | None:
+        return "set method.dropout to 0" if self.cfg.dropout else None
+
     def sampler(self) -> SamplerSpec:
         return replace(self.setup.sampler, times=on_grid(self.setup.sampler.times, self.cfg.points), renoise=self.cfg.eta)
 

@@ -179,6 +179,8 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     decode = None if isinstance(teacher, PromptTeacher) else teacher.codec.decode               # a pipeline's own tail passes no gradient
     method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.sampler, decode, recipe.guidance))
     method.sampler()                                                            # a wrong grid speaks up before anything is built
+    if (remedy := method.without_null()) and teacher.example()[2].nulls is None:
+        raise ValueError(f"{recipe.method['name']} asks the null condition, and this teacher has none: {remedy}")
     needs, streams = cls.needs(config), cls.data(config)
     roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed, recipe.lora, method.sampler().boundaries, teacher.labels)
     heads = (head for name in roles.heads for head in roles.module(name).modules())
