@@ -112,8 +112,9 @@ def open_model(name: str, steps: int | None = None, guidance: float | None = Non
         if call:
             raise ValueError("keywords of a pipeline's call are for teachers; a student is called as it was trained")
         student, own = load_student(folder, prompts=first, device=device, autocast=autocast)
-        if (solver, renoise, shift) != (None, None, None):
+        if (renoise, shift) != (None, None) or (solver is not None and not own.free):
             raise ValueError("--solver, --renoise and --shift are for teachers; a student is sampled as it was trained")
+        own = replace(own, solver=cast(Solver, solver)) if solver else own
         opened = Opened(name, student, own.at(steps) if steps else own, False, len(own.times))
     if guidance is not None:
         opened = replace(opened, spec=opened.spec.guided(guidance))

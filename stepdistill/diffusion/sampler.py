@@ -49,6 +49,8 @@ class SamplerSpec:
     (Imagine Flash, Kohler et al. 2024). It changes nothing where alpha is 0 at the start. `boundaries` are the times at which a student
     of several experts changes from one to the next, which serves them and what lies below (Phased DMD). `inputs` say what the student is
     told besides its time: "s", where each step goes before it is noised up again (0 at the last), and "w", guidance, then in one call.
+    `grids` are the times of other counts of steps that it was trained for; `free` says that it is right at every time along the ODE, as a
+    teacher is, so that any equal steps and any solver will do.
     """
 
     times: tuple[float, ...]
@@ -59,6 +61,8 @@ class SamplerSpec:
     known_noise: bool = False
     boundaries: tuple[float, ...] = ()
     inputs: tuple[str, ...] = ()
+    grids: tuple[tuple[float, ...], ...] = ()
+    free: bool = False
 
     def __post_init__(self) -> None:
         if not self.times or not all(0 < b < a <= 1 for a, b in zip(self.times, (*self.times[1:], 0.5 * self.times[-1]), strict=True)):
@@ -94,20 +98,24 @@ class SamplerSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SamplerSpec:
         """Strict: an unknown key raises TypeError."""
-        return cls(**{**values, **{key: tuple(values.get(key, ())) for key in ("times", "boundaries", "inputs")}})
+        flat = {key: tuple(values.get(key, ())) for key in ("times", "boundaries", "inputs")}
+        return cls(**{**values, **flat, "grids": tuple(map(tuple, values.get("grids", ())))})
 
     def at(self, count: int) -> SamplerSpec:
-        """The same sampler with another count of equal steps from the same start.
+        """The same sampler with another count of steps: one of `grids`, or equal ones from the same start.
 
-        ValueError unless its own are equal, and it re-noises or its student is told where each step goes.
+        The latter raise ValueError unless its own are equal, and it re-noises, is `free` or its student is told where each step goes.
         """
         if count == len(self.times):
             return self
-        grid = lambda n: tuple(self.times[0] * t for t in trailing(n))                                      # noqa: E731
-        equal = all(abs(a - b) <= 1e-9 for a, b in zip(self.times, grid(len(self.times)), strict=True))
-        if not equal or (self.renoise != 1 and "s" not in self.inputs):
-            raise ValueError(f"this model is sampled in {len(self.times)} steps at its own times {self.times}, not in {count}")
-        return replace(self, times=grid(count))
+        if grid := next((times for times in self.grids if len(times) == count), None):
+            return replace(self, times=grid)
+        even = lambda n: tuple(self.times[0] * t for t in trailing(n))                                      # noqa: E731
+        equal = all(abs(a - b) <= 1e-9 for a, b in zip(self.times, even(len(self.times)), strict=True))
+        if not equal or not (self.renoise == 1 or self.free or "s" in self.inputs):
+            others = f" or in {', '.join(str(len(times)) for times in self.grids)}" if self.grids else ""
+            raise ValueError(f"this model is sampled in {len(self.times)} steps at its own times {self.times}{others}, not in {count}")
+        return replace(self, times=even(count))
 
     def guided(self, w: float) -> SamplerSpec:
         """The same sampler at another guidance."""

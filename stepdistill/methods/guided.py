@@ -4,12 +4,14 @@
     x* = the teacher's x0 at x_t, guided with w
     student <- max(SNR_t, 1)·|x* - f(x_t, t, w)|²,   f = the x0 of a prediction that is told w
 
-The student takes the teacher's place in any sampler at half the price, and w is still chosen when it samples. Steps are as many as before:
-it follows the ODE, so its sampler has renoise 0 whatever the recipe says, and student.steps should be a teacher's. Fewer are the paper's
-stage two: `progressive` with the same `guidance`, begun with this run's networks (start: RUN).
+The student takes the teacher's place at half the price, in any number of steps (--steps) and with any solver (--solver), and w is still
+chosen when it samples (--guidance). Steps are as many as before: it follows the ODE, so its sampler has renoise 0 whatever the recipe says,
+and student.steps should be a teacher's. Fewer are the paper's stage two: `progressive` with the same `guidance`, begun with this run's
+networks (start: RUN).
 
 Differs from the paper: w in null + w·(cond - null), one more than theirs; the student reads the sinusoids of w as Stable Diffusion's
-pipelines make them, by weights that begin at zero, where the paper's are Fourier features; times are even in those of the process.
+pipelines make them, by weights that begin at zero, where the paper's are Fourier features; times are even in those of the process. No
+adapters: what tells w is a layer of the network itself.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class Guided(Method[GuidedConfig]):
         return {"real": Images()}
 
     def sampler(self) -> SamplerSpec:
-        return replace(self.setup.sampler, renoise=0.0, inputs=("w",), guidance=self.cfg.guidance.holding(self.setup.guidance))
+        w = self.cfg.guidance.holding(self.setup.guidance)
+        return replace(self.setup.sampler, renoise=0.0, inputs=("w",), guidance=w, free=True)
 
     def student_loss(self, m: Roles, batch: Batch, draws: Draws) -> Loss:
         x0, cond, cfg = batch["real"].clean, batch["real"].cond, self.cfg

@@ -10,7 +10,8 @@ both S(cond) = null + g·(cond - null) and S(null) = null, and sampling it with 
 
 Sampling falls to (1 - eta)·next and noises up to next, with the eta of training (renoise is eta whatever the recipe says). Its times are
 those of the target set: equal steps move up to the grid (four are 999, 751, 499, 251 of a 1000-step table), and `student.times` names any
-others, [1, 0.876, 0.752, 0.5, 0.252] say. x0 is clipped by `student.clip_x0`, eps recomputed from it.
+others, [1, 0.876, 0.752, 0.5, 0.252] say. One student can be sampled in every number of steps that the set is made for (--steps). x0 is
+clipped by `student.clip_x0`, eps recomputed from it.
 
 Differs from the paper: conditions are dropped by whole batches, not sample by sample, since null conditions may have another length; s is
 not rounded to a training index; x0 clipping is a fixed bound at every step, where the authors take a quantile at the first ones; no
@@ -86,7 +87,9 @@ class TDD(Method[TDDConfig]):
         return "set method.dropout to 0" if self.cfg.dropout else None
 
     def sampler(self) -> SamplerSpec:
-        return replace(self.setup.sampler, times=on_grid(self.setup.sampler.times, self.cfg.points), renoise=self.cfg.eta)
+        cfg, own = self.cfg, on_grid(self.setup.sampler.times, self.cfg.points)
+        grids = tuple(on_grid(trailing(n), cfg.points) for n in range(cfg.fewest, cfg.most + 1) if n != len(own))
+        return replace(self.setup.sampler, times=own, renoise=cfg.eta, grids=grids)
 
     def target_below(self, r: Tensor, draws: Draws) -> Tensor:
         """s (B,) <= r (B,): a member of the set, drawn evenly within the window, then moved down by a share of at most eta."""

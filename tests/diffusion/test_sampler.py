@@ -86,6 +86,12 @@ def test_at_another_count_needs_renoising_on_the_trailing_grid():
     spec = SamplerSpec(FOUR, guidance=2.0)
     assert spec.at(8) == SamplerSpec(trailing(8), guidance=2.0)
     assert spec.at(4) is spec
+    assert replace(spec, renoise=0.0, free=True).at(8).times == trailing(8)
+    several = replace(spec, renoise=0.3, grids=((1.0, 0.4), (1.0, 0.8, 0.4)))
+    assert SamplerSpec.from_dict(json.loads(json.dumps(several.to_dict()))) == several
+    assert [several.at(count).times for count in (2, 3)] == list(several.grids)
+    with pytest.raises(ValueError, match=r"at its own times .* or in 2, 3, not in 5"):
+        several.at(5)
     assert SamplerSpec((0.5,)).at(2).times == (0.5, 0.25)                                        # from its own start
     for other in (SamplerSpec((1.0, 0.3)), SamplerSpec(FOUR, renoise=0.3), SamplerSpec(FOUR, renoise=0)):
         assert other.at(len(other.times)) is other

@@ -108,9 +108,14 @@ def test_sampler_walks_the_target_set():
     spec = tdd(clip_x0=1.5).sampler()
     assert [to_index(t, 1000) for t in spec.times] == [999, 751, 499, 251]
     assert (spec.renoise, spec.clip_x0, spec.guidance) == (0.3, 1.5, 1.0)
-    uneven = (1.0, 0.876, 0.752, 0.5, 0.252)
-    assert tdd(uneven).sampler().times == uneven
-    assert set(uneven[1:]) <= set(tdd().targets.tolist())
+    for uneven in ((1.0, 0.876, 0.752, 0.5, 0.252), (1.0, 0.876, 0.752, 0.628, 0.5, 0.252), (1.0, 0.876, 0.752, 0.628, 0.5, 0.376, 0.252)):
+        assert tdd(uneven).sampler().times == uneven
+        assert set(uneven[1:]) <= set(tdd().targets.tolist())
+    for count in range(4, 9):                                                   # one student, every number of steps of its set
+        assert set(spec.at(count).times[1:]) <= set(tdd().targets.tolist())
+        assert len(spec.at(count).times) == count
+    with pytest.raises(ValueError, match=r"or in 5, 6, 7, 8, not in 9"):
+        spec.at(9)
     assert tdd(eta=0.0).sampler().renoise == 0
 
 
