@@ -119,6 +119,14 @@ def test_the_export_is_a_pipeline_of_the_teachers_class(student):
     assert "guidance_scale=1.0" in card
 
 
+def test_built_in_guidance_is_not_doubled(student, tmp_path, capsys):
+    assert "guidance of its teacher (3.0) is built in" in (student / "README.md").read_text()
+    asked = ["sample", str(student), "--prompt", "snow", "--count", "1", "--to", str(tmp_path / "to")]
+    assert cli.run([*asked, "--guidance", "5"]) == 2
+    assert "guidance 3 of its teacher is part of this student" in capsys.readouterr().err
+    assert cli.run([*asked, "--guidance", "1"]) == 0
+
+
 def test_the_export_loads_and_runs_where_stepdistill_cannot_be_imported(student):
     code = ("import sys; sys.modules['stepdistill'] = None\n"
             "from diffusers import DiffusionPipeline\n"

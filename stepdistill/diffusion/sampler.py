@@ -50,7 +50,8 @@ class SamplerSpec:
     of several experts changes from one to the next, which serves them and what lies below (Phased DMD). `inputs` say what the student is
     told besides its time: "s", where each step goes before it is noised up again (0 at the last), and "w", guidance, then in one call.
     `grids` are the times of other counts of steps that it was trained for; `free` says that it is right at every time along the ODE, as a
-    teacher is, so that any equal steps and any solver will do.
+    teacher is, so that any equal steps and any solver will do. `built_in` is the teacher's guidance that a student has learnt with all
+    else; guidance of its own would come on top.
     """
 
     times: tuple[float, ...]
@@ -63,6 +64,7 @@ class SamplerSpec:
     inputs: tuple[str, ...] = ()
     grids: tuple[tuple[float, ...], ...] = ()
     free: bool = False
+    built_in: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.times or not all(0 < b < a <= 1 for a, b in zip(self.times, (*self.times[1:], 0.5 * self.times[-1]), strict=True)):
@@ -98,8 +100,8 @@ class SamplerSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SamplerSpec:
         """Strict: an unknown key raises TypeError."""
-        flat = {key: tuple(values.get(key, ())) for key in ("times", "boundaries", "inputs")}
-        return cls(**{**values, **flat, "grids": tuple(map(tuple, values.get("grids", ())))})
+        return cls(**{**values, **{key: tuple(values.get(key, ())) for key in ("times", "boundaries", "inputs")},
+                      "grids": tuple(map(tuple, values.get("grids", ())))})
 
     def at(self, count: int) -> SamplerSpec:
         """The same sampler with another count of steps: one of `grids`, or equal ones from the same start.
@@ -118,7 +120,10 @@ class SamplerSpec:
         return replace(self, times=even(count))
 
     def guided(self, w: float) -> SamplerSpec:
-        """The same sampler at another guidance."""
+        """The same sampler at another guidance; ValueError where guidance is built in, and would be doubled."""
+        if self.built_in != 1 and w != self.guidance:
+            raise ValueError(f"guidance {self.built_in:g} of its teacher is part of this student, and guided again it would overdo it: "
+                             f"leave guidance at {self.guidance:g}")
         return replace(self, guidance=w)
 
 

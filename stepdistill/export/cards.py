@@ -67,7 +67,7 @@ re-noising with share {{ sampler.renoise }} between them,
 {% if told %}
 told guidance {{ sampler.guidance }}; `guidance_scale` takes any other that it was trained with{{ band }}, at no further cost.
 {% else %}
-guidance {{ sampler.guidance }}{{ " (none: it is built in)" if sampler.guidance == 1 }}.
+guidance {{ sampler.guidance }}{{ " (none: it is built in)" if built_in != 1 }}.
 {% endif %}
 
 {% include "figures" %}
@@ -94,8 +94,8 @@ guidance {{ sampler.guidance }}{{ " (none: it is built in)" if sampler.guidance 
 ## Limits
 
 - It was trained for {{ calls }} step{{ "s" if calls > 1 }}; other numbers are refused, or run with a warning and no promise.
-{% if sampler.guidance == 1 and not told %}
-- The teacher's guidance {{ recipe.guidance }} is built in and cannot be turned afterwards; guiding the student again overdoes it.
+{% if built_in != 1 %}
+- The teacher's guidance {{ built_in }} is built in and cannot be turned afterwards; guiding the student again overdoes it.
 {% endif %}
 - It knows what its teacher knows: the same classes and size, and the faults and biases of the teacher and of its data.
 - Few-step students tend to show less variety than their teacher. Judge a measure of it (recall, coverage) beside any of realism.
@@ -160,8 +160,11 @@ One does when told the times: to run no code of this folder, put `stock_schedule
 {% if told %}
 The student is told its guidance, in one network call a step. Any number that it was trained with{{ band }} will do.
 Load it in float32: in half precision the pipeline tells it with too few digits.
+{% elif built_in != 1 %}
+The guidance of its teacher ({{ built_in }}) is built in: leave the pipeline's own at the value above.
 {% else %}
-The guidance above is built in: other values give no promise.
+No guidance is built in: the pipeline's own acts on top
+{{- ", and multiplies the %s of its training" % recipe.guidance if recipe.guidance != 1 }}.
 {% endif %}
 {% if notes.lora %}
 
@@ -282,9 +285,10 @@ def card(name: str, notes: Mapping[str, Any], recipe: Recipe, results: Sequence[
 
 
 def _told(notes: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Whether the student is told its guidance, and which it was trained with."""
+    """Whether the student is told its guidance, which it was trained with, and what is built into it."""
     told, band = "w" in notes["sampler"].get("inputs", ()), getattr(recipe.method_config, "guidance", None)
-    return {"told": told, "band": f" ({band.low:g} to {band.high:g})" if told and isinstance(band, Band) else ""}
+    built_in = notes["sampler"].get("built_in", 1.0 if told else recipe.guidance)
+    return {"told": told, "built_in": built_in, "band": f" ({band.low:g} to {band.high:g})" if told and isinstance(band, Band) else ""}
 
 
 def _merged(notes: Mapping[str, Any]) -> dict[str, Any] | None:

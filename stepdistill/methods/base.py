@@ -225,6 +225,12 @@ class Method(ABC, Generic[C]):
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint holds {sorted(state)}")
 
+    @property
+    def built_in(self) -> float:
+        """The teacher's guidance that is part of the student for good; 1 where none is, it is told, or it learnt both halves."""
+        none = "w" in self.sampler().inputs or "teacher" not in self.needs(self.cfg)
+        return 1.0 if none else self.setup.guidance
+
     @abstractmethod
     def sampler(self) -> SamplerSpec:
         """How the student must be run; training rollouts use it too."""

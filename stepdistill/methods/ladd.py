@@ -72,6 +72,10 @@ class LADD(Method[LADDConfig]):
     def plan(self, step: int) -> Sequence[Update]:
         return alternating(step, self.cfg.disc_updates, ("disc",))
 
+    @property
+    def built_in(self) -> float:
+        return 1.0
+
     def sampler(self) -> SamplerSpec:
         return self.setup.sampler
 

@@ -90,6 +90,10 @@ class PCM(Method[PCMConfig]):
     def without_null(self) -> str | None:
         return "set method.dropout to 0" if self.cfg.dropout else None
 
+    @property
+    def built_in(self) -> float:
+        return 1.0 if self.cfg.dropout else super().built_in
+
     def sampler(self) -> SamplerSpec:
         return replace(self.setup.sampler, renoise=0.0)
 

@@ -86,6 +86,10 @@ class TDD(Method[TDDConfig]):
     def without_null(self) -> str | None:
         return "set method.dropout to 0" if self.cfg.dropout else None
 
+    @property
+    def built_in(self) -> float:
+        return 1.0 if self.cfg.dropout else super().built_in
+
     def sampler(self) -> SamplerSpec:
         cfg, own = self.cfg, on_grid(self.setup.sampler.times, self.cfg.points)
         grids = tuple(on_grid(trailing(n), cfg.points) for n in range(cfg.fewest, cfg.most + 1) if n != len(own))

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,7 @@ def write(run: Run, done: int, skipped: int, seconds: float, notes: Mapping[str,
     """A checkpoint after `done` finished steps, into a folder that keeps so many."""
     state = {"counts": run.optim.counts, "method": run.method.state(), "skipped": skipped, "seconds": seconds, "notes": notes,
              "threads": torch.get_num_threads(), "torch": torch.__version__, "processes": run.accelerator.num_processes,
-             "sampler": run.method.sampler().to_dict(), "call": run.teacher.call}
+             "sampler": replace(run.method.sampler(), built_in=run.method.built_in).to_dict(), "call": run.teacher.call}
     checkpoint.save(folder, done, run.tensors(), state, keep)
 
 

@@ -14,6 +14,7 @@ from oracles import f64
 from toys import run_of, tiny_unet, train
 
 from stepdistill.diffusion.draws import Draws
+from stepdistill.diffusion.process import TableVP
 from stepdistill.diffusion.sampler import SamplerSpec, sample
 from stepdistill.diffusion.times import trailing
 from stepdistill.losses.reported import Mean
@@ -343,6 +344,20 @@ def test_unknown_method():
 def test_configuration_is_checked(name):
     with pytest.raises(ValueError, match=r"unknown recipe key 'method\.no_such_key'"):
         build(METHODS[name].Config, {"no_such_key": 1}, "method")
+
+
+def test_which_students_have_the_teachers_guidance_in_them():
+    """All but those of no teacher or an unguided one, those that are told it, and those that learn both halves of it."""
+    def built_in(name: str, **options) -> float:
+        method, setup = find(name), Setup(TableVP.scaled_linear(), (1, 8, 8), SamplerSpec(trailing(calls(name, 4))), guidance=3.0)
+        return method(build(method.Config, options, "method"), setup).built_in
+
+    without = {name for name in METHODS if built_in(name) == 1}
+    assert without == {"ect", "ladd", "guided", "tdd"}
+    assert all(built_in(name) == 3 for name in set(METHODS) - without)
+    assert built_in("tdd", dropout=0.0) == built_in("pcm") == built_in("lcm", guidance={"low": 1.0, "high": 4.0}) == 3
+    assert built_in("pcm", dropout=0.1) == built_in("lcm", guidance={"low": 1.0, "high": 4.0}, embed=True) == 1
+    assert built_in("scm", velocity="data") == 1
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if {"times", "fake_times"} <= set(fields_of(method))])

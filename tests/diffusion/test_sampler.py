@@ -99,6 +99,13 @@ def test_at_another_count_needs_renoising_on_the_trailing_grid():
             other.at(3)
 
 
+def test_guidance_that_is_built_in_is_not_doubled():
+    spec = SamplerSpec(FOUR, built_in=4.5)
+    assert spec.guided(1.0) == spec
+    with pytest.raises(ValueError, match=r"guidance 4\.5 of its teacher is part of this student.* leave guidance at 1$"):
+        spec.guided(2.0)
+
+
 def test_guided_changes_guidance_only():
     spec = SamplerSpec(FOUR, renoise=0.3)
     assert spec.guided(4.0).guidance == 4.0
