@@ -17,8 +17,8 @@ from stepdistill.eval.cards import Brought, Card
 from stepdistill.eval.evaluate import ranks
 from stepdistill.eval.extractors import embed
 from stepdistill.eval.measures import KINDS, Seen
-from stepdistill.eval.precision import exact
 from stepdistill.eval.protocol import PROTOCOLS, Measure, Protocol, Real
+from stepdistill.models.precision import exact
 
 ANSWERS = ("is", "accuracy")                            # kinds of measures that read a classifier's answers, which are not kept
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from stepdistill.eval import weights
 from stepdistill.eval.metrics import unit
 from stepdistill.eval.pictures import shrunk
-from stepdistill.eval.precision import exact
+from stepdistill.models.precision import exact
 
 Distance = Callable[[Tensor, Tensor], Tensor]           # pictures (B, 3, H, W) and as many others, to B values
 JUDGE = "alexnet"                                       # what LPIPS looks through, where extractors are named

@@ -25,10 +25,10 @@ from stepdistill.eval.generate import fill
 from stepdistill.eval.models import Opened, is_model, open_model
 from stepdistill.eval.parts import Parts, Taken
 from stepdistill.eval.pictures import Pictures
-from stepdistill.eval.precision import exact
 from stepdistill.eval.protocol import PROTOCOLS, Protocol, hash_of
 from stepdistill.export import OTHER_RECIPE
 from stepdistill.models.load import is_prompted, read_json
+from stepdistill.models.precision import exact
 from stepdistill.training.loop import RECIPE
 
 WAIT = 0.2                                              # seconds between looks at what another process does

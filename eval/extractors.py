@@ -34,8 +34,8 @@ from torch.nn import functional
 
 from stepdistill.diffusion.draws import key
 from stepdistill.eval import diversity, weights
-from stepdistill.eval.precision import exact
 from stepdistill.eval.weights import digest
+from stepdistill.models.precision import exact
 from stepdistill.worlds.emoji import judge, text
 from stepdistill.worlds.emoji.data import to_model
 from stepdistill.worlds.fashion import classifier

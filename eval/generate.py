@@ -15,8 +15,8 @@ from tqdm import tqdm
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec, sample
 from stepdistill.eval.parts import Parts
-from stepdistill.eval.precision import exact
 from stepdistill.models.load import Teacher
+from stepdistill.models.precision import exact
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
     n ~ {1..N},  t = n/N,  r = (n-1)/N                                                                       algorithm 2
     x_t = alpha_t·x0 + sigma_t·eps,   x_r = one solver step of the guided teacher from x_t to r
-    student <- d( f(x_t, t), stop f_target(x_r, r) ),   f = the x0 of a prediction,   f(x, 0) = x
+    student <- d( f(x_t, t), stop f_target(x_r, r) ),   f = the jump to t = 0,   f(x, 0) = x
     target  <- decay·target + (1 - decay)·student                                                            (decay 0: the student itself)
 
-1/N is the skip interval (LCM's k, in units of the whole range). The boundary needs no c_skip and c_out: at t = 0 the process is clean,
-sigma = 0, and x0 = (x - sigma·eps)/alpha is x whatever the network says. A network that speaks x0 cannot know it and is not asked.
+1/N is the skip interval (LCM's k, in units of the whole range). The boundary needs no c_skip and c_out: f is the jump to t = 0, which from
+there is x whatever the network says. A network that speaks x0 cannot know it and is not asked.
 
 Differs from the paper: equal steps of t on the teacher's own process instead of EDM's Karras grid, pseudo-Huber instead of LPIPS, and
 the teacher may be guided (LCM, Luo et al. 2023), the student learning that one guidance.
@@ -21,18 +21,17 @@ from typing import Literal
 import torch
 
 from stepdistill.diffusion.draws import Draws
-from stepdistill.diffusion.process import like
 from stepdistill.diffusion.sampler import SamplerSpec
-from stepdistill.diffusion.solver import heun, jump
+from stepdistill.diffusion.solver import heun, jump, jump_or_stay
 from stepdistill.losses.distance import huber_or_l2
 from stepdistill.losses.reported import level
-from stepdistill.methods.base import Batch, Images, Loss, Method, Setup, Stream, Update
+from stepdistill.methods.base import Batch, Images, Loss, Method, Stream, Update
 from stepdistill.models.roles import Role, Roles
 
 
 @dataclass(frozen=True)
 class ConsistencyConfig:
-    """Defaults follow the paper; `huber` and `intervals` follow LCM."""
+    """Defaults follow the paper; `solver` (heun there), `huber` and `intervals` follow LCM."""
 
     intervals: int = 50                             # N: the skip interval is 1/N
     target: Literal["ema", "student"] = "ema"       # whose f is the target
@@ -50,11 +49,6 @@ class ConsistencyConfig:
 class Consistency(Method[ConsistencyConfig]):
     title, arxiv, family = "Consistency distillation", "2303.01469", "consistency"
     Config, on_trajectories = ConsistencyConfig, True
-
-    def __init__(self, cfg: ConsistencyConfig, setup: Setup):
-        super().__init__(cfg, setup)
-        if float(setup.process.sigma(torch.tensor(0.0))) > 0:
-            raise ValueError(f"consistency needs a process that is clean at t = 0, and {type(setup.process).__name__} is not")
 
     @classmethod
     def needs(cls, cfg: ConsistencyConfig) -> Mapping[str, Role]:
@@ -77,9 +71,9 @@ class Consistency(Method[ConsistencyConfig]):
             pred = m.teacher(x_t, t, cond)
             x_r = jump(pred, self.process, r) if cfg.solver == "ddim" else heun(
                 lambda x, at: m.teacher(x, at, cond), pred, self.process, r)
-            target = (m.target if cfg.target == "ema" else m.student)(x_r, r, cond).x0
-            target = torch.where(like(r == 0, x_r).bool(), x_r, target)
-        f = m.student(x_t, t, cond).x0
+            clean = torch.zeros_like(r)
+            target = jump_or_stay((m.target if cfg.target == "ema" else m.student)(x_r, r, cond), self.process, r, clean)
+        f = jump(m.student(x_t, t, cond), self.process, clean)
         distance = huber_or_l2(f, target, cfg.huber).mean()
         return Loss(distance, {"distance": distance, **level(f)})
 

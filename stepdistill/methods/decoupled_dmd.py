@@ -34,7 +34,8 @@ from stepdistill.models.roles import Role, Roles
 
 @dataclass(frozen=True)
 class DecoupledDMDConfig:
-    """Defaults are those of a port to Stable Diffusion 1.5; the paper took DMD2's settings for SDXL."""
+    """Defaults are those of a port to Stable Diffusion 1.5, but for the times, which it draws from [0, 1]; the paper took DMD2's settings
+    for SDXL."""
 
     fake_updates: int = 5                           # fake-score updates per student update
     times: Uniform = Uniform(0.02, 0.98)            # s of distribution matching

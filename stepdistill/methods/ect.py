@@ -11,8 +11,10 @@ which is denoising; every `double_every` updates the gap shrinks by q. `q: 256` 
 at most 1280, (k_r, k_t) neighbours on it that follow the log-normal law, and `huber: null` for its c = 0.00054·sqrt(dim).
 
 Differs from the papers: the process is the teacher's, whatever it is, and a k beyond its ends (or iCT's 80) is that end; the boundary is
-the process's own, so f needs no c_skip and c_out; the lowest interval of iCT's grid ends clean, not at k = 0.002. RAdam and its rate are
-the recipe's business; dropout is the network's own.
+the process's own, so f needs no c_skip and c_out; the lowest interval of iCT's grid ends clean, not at k = 0.002; k_r stays below
+0.999·k_t, beyond which float32 rounds the gap away. There is no dropout, which the papers use: every network here is loaded without it, so
+that student and target see one function. RAdam and its rate are the recipe's business. ECT's form with a teacher's step from x_t to x_r is
+`consistency`; the original consistency training, with its own N(k) and a moving average, is not here.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ class ECTConfig:
 
 
 def ect_below(k: Tensor, stage: int, q: float) -> Tensor:
-    """k_r (B,) below k (B,), 0 where it would fall further."""
-    return (k * (1 - q ** -(stage + 1) * (1 + 8 * torch.sigmoid(-k)))).clamp_min(0)
+    """k_r (B,) below k (B,), 0 where it would fall further and never within a thousandth of k."""
+    return (k * (1 - (q ** -(stage + 1) * (1 + 8 * torch.sigmoid(-k))).clamp_min(1e-3))).clamp_min(0)
 
 
 def ict_pair(u: Tensor, stage: int, times: LogNormal, end: float = 80.0) -> tuple[Tensor, Tensor]:

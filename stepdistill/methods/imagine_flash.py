@@ -11,11 +11,12 @@ makes the sampler's `known_noise`). The student follows the ODE, so it is sample
 conditions is read. The authors released no code.
 
 Our choice: z is the student's own noise eps. With fresh z, as published, the pull is that of score distillation, and alone it draws every
-sample to a mode (the tests show it collapse a mixture to a point at any g); `noise: fresh` is there for use beside a diversity term, which
+sample to a mode (the tests show it collapse a mixture to a point); `noise: fresh` is there for use beside a diversity term, which
 this method has none of. g is uniform between `times.low` and `times.high` of t, where the curve of g(t) is not known to us; the target is
 one answer of the teacher unless `teacher_steps` asks for its ODE from g to 0. `shifted: false` leaves the shift out: the ODE starts at the
 student's state x_t itself. Then with one step this is a regression on the teacher's ODE; with more the samples come out too wide, since
-straight jumps to an endpoint leave the ODE.
+straight jumps to an endpoint leave the ODE. With noise correction x0 of the first call is still the network's own answer: of a network that
+speaks eps, at a process with some signal left at t = 1 (Stable Diffusion's table), it is an error divided by a small alpha.
 """
 
 from __future__ import annotations

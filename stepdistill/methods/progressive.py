@@ -13,7 +13,7 @@ learnt it. With a band of `guidance` each sample's w is drawn, and told to stude
 
 Differs from the paper: the teacher stays and a third network is what changes, so that the first one is never spoilt, adapters work on one
 base, and checkpoints hold everything a later stage needs; guidance as above, where the paper has none; times are those of the process
-instead of a cosine schedule.
+instead of a cosine schedule; the next stage begins at the student as trained, not at its average; flow students are weighted as all others.
 """
 
 from __future__ import annotations

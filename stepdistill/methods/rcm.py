@@ -41,7 +41,11 @@ from stepdistill.models.tangent import Derivative
 
 @dataclass(frozen=True)
 class RCMConfig:
-    """Defaults are the authors' for Wan 2.1 1.3B, whose guidance 5 is our 6."""
+    """Defaults are the authors' for Wan 2.1 1.3B, whose guidance 5 is our 6.
+
+    Their shift of 5 is that of sigma itself; `dmd_times` are shifted before the process shifts them again, so a folder of Wan that is
+    shifted by 3 takes 5/3.
+    """
 
     times: LogNormal = LogNormal(0.7, 1.6)          # of k = sigma/alpha in the sCM term
     data_std: float = 1.0                           # sd

@@ -13,6 +13,8 @@ x, F and the angle are read off predictions (losses/consistency.py), exactly. Th
 teacher. The paper trains its teachers with a slow time embedding, SANA-Sprint tunes one in first; neither is done here, and a clock
 of 0..999 leaves dF/dtheta larger than it need be.
 
+SANA-Sprint's adversarial term, and its share of samples at the largest time, are not here.
+
 Differs from the paper: |g| is the root mean square; v sees ln(k)/4, as in EDM2, begins at 0, and is off by default. As g is normalised
 its optimum is known, exp(v) = the mean of w·(|g|/(|g| + c))²: it takes w back, which is `weight: even`, and raises what c holds down where
 the tangent is small. On the two modes of the tests 800 updates of 256 leave an error of .18 without it (two seeds), .48 with even weights,

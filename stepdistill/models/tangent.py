@@ -16,6 +16,7 @@ from stepdistill.diffusion.process import at_least_float32, like
 from stepdistill.models.attention import plain
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.precision import exact
 from stepdistill.models.sizes import SizedWiring
 from stepdistill.models.wiring import FromClock, Wiring, leaves_of
 
@@ -29,13 +30,14 @@ def along(net: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning, dx: Tensor,
 
     x_t and dx are (B, ...), t and dt (B,) float64. "jvp" is forward mode through the network; "difference" its central difference over
     `step` of the path to either side, cut off at the ends of [0, 1], with two calls more. What `read` makes of the raw output is exact in
-    both. The network is called bare (no distributed wrapper, nothing checkpointed) and without autocast, so float32 weights
-    are asked in float32. ValueError where it has no forward mode, or where weights in half precision leave nothing of a difference.
+    both. The network is called bare (no distributed wrapper, nothing checkpointed), without autocast and without TF32, so
+    float32 weights are asked in float32. ValueError where it has no forward mode, or where half-precision weights leave nothing of a
+    difference.
     """
     x_t, process = at_least_float32(x_t), net.process
     bare = replace(net, wrapped=None, autocast=None)
     ask = lambda x, at: bare(x, at, cond).raw                            # noqa: E731
-    with plain(net.network):
+    with plain(net.network), exact():
         if isinstance(x_t, FakeTensor):                                  # a plan counts bytes with tensors that have no forward mode
             value = read(bare(x_t, t, cond))
             return value, torch.empty_like(value)

@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
 from stepdistill.eval import extractors, metrics, weights
 from stepdistill.eval.extractors import EXTRACTORS, SHIPPED, TEXT_IMAGE
-from stepdistill.eval.precision import exact
+from stepdistill.models.precision import exact
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 16}
 SMALL_CLIP = {"projection_dim": 16, "text_config": {**SMALL, "vocab_size": 10},

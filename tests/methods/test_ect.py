@@ -32,7 +32,7 @@ def test_below_of_the_first_stage():
     assert golden[-1] == pytest.approx(40, abs=1e-9)
     assert bool((ect_below(k, 0, 256.0) > 0.96 * k).all())
     assert all(bool((ect_below(k, m + 1, 2.0) >= ect_below(k, m, 2.0)).all()) for m in range(8))
-    assert bool((ect_below(k, 20, 2.0) < k).all())
+    assert bool((ect_below(k, 40, 2.0) <= 0.999 * k).all())                     # float32 could not tell nearer ones apart
 
 
 def test_stages_are_counted_in_updates():

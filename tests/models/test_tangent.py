@@ -179,3 +179,14 @@ def test_a_difference_in_half_precision_is_refused():
     with pytest.raises(ValueError, match="difference leaves nothing in half precision: use jvp"):
         slope_of(unet(torch.bfloat16), derivative="difference")
     assert bool(torch.isfinite(slope_of(unet(torch.bfloat16))).all())
+
+
+@pytest.mark.parametrize("derivative", ["jvp", "difference"])
+def test_no_tf32(derivative):
+    """cuDNN would round convolutions to ten bits, which over a step of a thousandth is all of the difference."""
+    net, seen, flags = unet(), [], torch.backends.cudnn
+    net.network.register_forward_pre_hook(lambda module, args: seen.append((flags.allow_tf32, torch.backends.cuda.matmul.allow_tf32)))
+    before = flags.allow_tf32
+    along(net, noise(1, 8, 8, dtype=torch.float32), T, LABELS, noise(1, 8, 8, dtype=torch.float32), DT, lambda pred: pred.x0, derivative)
+    assert set(seen) == {(False, False)}
+    assert flags.allow_tf32 == before

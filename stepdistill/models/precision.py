@@ -1,4 +1,4 @@
-"""float32 means float32, where pictures are made and where they are judged."""
+"""float32 means float32: where a derivative is taken, where pictures are made and where they are judged."""
 
 from __future__ import annotations
 
