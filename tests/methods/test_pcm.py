@@ -158,9 +158,12 @@ def test_gradient_of_the_term_runs_through_the_frozen_teacher():
 
 
 def test_discriminator_is_flat_where_nothing_differs():
-    """p and q of one law: after training its loss is still about 2 (card 8, test 10), and well below where they differ."""
+    """p and q of one law: after training its loss is still about 2 and it pulls at no student (card 8, test 10); where they differ it does.
+
+    The head is linear, so that its pull is its weight.
+    """
     teacher, keyed = GaussianTeacher(Flow(), "flow"), None
-    ends = {}
+    ends, pulls = {}, {}
     for apart in (0.0, 2.0):
         method, head = pcm(Flow(), shape=(1,), gan_weight=0.1), torch.nn.Linear(1, 1)
         torch.nn.init.zeros_(head.weight)
@@ -178,9 +181,10 @@ def test_discriminator_is_flat_where_nothing_differs():
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
-        ends[apart] = sum(losses[-30:]) / 30
+        ends[apart], pulls[apart] = sum(losses[-30:]) / 30, float(head.weight.detach().abs().max())
     assert ends[0.0] == pytest.approx(2.0, abs=0.1)
     assert ends[2.0] < 1.0
+    assert pulls[0.0] < 0.1 * pulls[2.0]
 
 
 def test_needs():
