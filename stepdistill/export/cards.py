@@ -93,9 +93,11 @@ guidance {{ sampler.guidance }}{{ " (none: it is built in)" if built_in != 1 }}.
 
 ## Limits
 
-- It was trained for {{ calls }} step{{ "s" if calls > 1 }}; other numbers are refused, or run with a warning and no promise.
+- It was trained for {{ calls }} step{{ "s" if calls > 1 }}{{ grids }}; other numbers are refused, or run with a warning and no promise.
 {% if built_in != 1 %}
 - The teacher's guidance {{ built_in }} is built in and cannot be turned afterwards; guiding the student again overdoes it.
+{% elif not told and recipe.guidance != 1 %}
+- No guidance is built in: guidance of its own multiplies the {{ recipe.guidance }} of its training.
 {% endif %}
 - It knows what its teacher knows: the same classes and size, and the faults and biases of the teacher and of its data.
 - Few-step students tend to show less variety than their teacher. Judge a measure of it (recall, coverage) beside any of realism.
@@ -288,7 +290,10 @@ def _told(notes: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Whether the student is told its guidance, which it was trained with, and what is built into it."""
     told, band = "w" in notes["sampler"].get("inputs", ()), getattr(recipe.method_config, "guidance", None)
     built_in = notes["sampler"].get("built_in", 1.0 if told else recipe.guidance)
-    return {"told": told, "built_in": built_in, "band": f" ({band.low:g} to {band.high:g})" if told and isinstance(band, Band) else ""}
+    counts = [str(len(times)) for times in notes["sampler"].get("grids", ())]
+    grids = f", and for {', '.join(counts)} (`stepdistill sample --steps`)" if counts else ""
+    band_told = f" ({band.low:g} to {band.high:g})" if told and isinstance(band, Band) else ""
+    return {"told": told, "built_in": built_in, "grids": grids, "band": band_told}
 
 
 def _merged(notes: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -454,6 +454,19 @@ def test_a_licence_the_hub_does_not_know_is_named(folder: Path, mine: Path) -> N
     assert (front["license"], front["license_name"]) == ("other", "House: rules")
 
 
+def test_the_card_says_what_steps_and_guidance_may_be_turned(runs: dict[str, Path], tmp_path: Path) -> None:
+    spec = SamplerSpec(trailing(2), renoise=0.3, grids=((1.0, 0.7, 0.3),))
+    for built_in, said in ((1.0, "multiplies the 1.5 of its training"), (1.5, "guidance 1.5 is built in and cannot be turned")):
+        run = with_sampler(runs["eps"], tmp_path / f"run{built_in}", replace(spec, built_in=built_in).to_dict())
+        recipe = recipes.load(run / "recipe.yaml")
+        (run / "recipe.yaml").write_text(recipes.dump(replace(recipe, guidance=1.5)))
+        export(run, tmp_path / f"{built_in}")
+        text = (tmp_path / f"{built_in}" / "README.md").read_text()
+        assert "trained for 2 steps, and for 3 (`stepdistill sample --steps`)" in text
+        assert said in text
+        assert load_student(tmp_path / f"{built_in}")[1].at(3).times == (1.0, 0.7, 0.3)
+
+
 def test_an_unfinished_run_says_so(runs: dict[str, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs["eps"], tmp_path / "run"))
     recipe = recipes.load(run / "recipe.yaml")
