@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -207,6 +208,16 @@ def test_guidance_on_the_command_line(case: Case, students: Mapping[str, tuple[P
         assert isinstance(opened, Opened)
         assert opened.spec.guidance == (case.spec.guidance if w is None else w)
         assert opened.spec.nfe == len(case.spec.times)
+
+
+def test_only_students_that_are_right_everywhere_take_a_solver(students: Mapping[str, tuple[Path, Denoiser]], tmp_path: Path) -> None:
+    folder = shutil.copytree(students[CASES[0].name][0], tmp_path / "student")
+    with pytest.raises(ValueError, match="--solver, --renoise and --shift are for teachers"):
+        open_model(str(folder), solver="dpmpp_2m")
+    found = notes(folder)
+    found["sampler"]["free"] = True
+    (folder / "stepdistill.json").write_text(json.dumps(found))
+    assert open_model(str(folder), 8, solver="dpmpp_2m").spec == replace(CASES[0].spec, times=trailing(8), solver="dpmpp_2m", free=True)
 
 
 def test_the_cards_say_that_guidance_is_told(students: Mapping[str, tuple[Path, Denoiser]]) -> None:

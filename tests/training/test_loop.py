@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from tiny import ADAM, final_tensors, log_lines, png_size, snapshot, tiny_recipe, tiny_run, tiny_tree, unequal
 from torch import nn
+from toys import tiny_unet
 
 from stepdistill import recipe as recipes
 from stepdistill.diffusion.draws import Draws
 from stepdistill.diffusion.sampler import SamplerSpec
 from stepdistill.diffusion.times import trailing
+from stepdistill.images import save_png, to_image
 from stepdistill.losses.distance import l2
 from stepdistill.methods import METHODS
 from stepdistill.methods.base import Batch, Loss, Method, Stage
@@ -451,8 +454,8 @@ def test_what_a_recipe_gets_wrong_writes_nothing(base: Path, tmp_path: Path, wro
     assert not (tmp_path / "run").exists()
 
 
-def test_guidance_needs_a_null_class(base: Path, tmp_path: Path) -> None:
-    shutil.copytree(base / "teacher", tmp_path / "teacher")
+def test_guidance_needs_a_null_class(tmp_path: Path) -> None:
+    tiny_recipe(tmp_path)                                                        # makes the teacher
     notes = tmp_path / "teacher" / "stepdistill.json"
     notes.write_text(json.dumps({k: v for k, v in json.loads(notes.read_text()).items() if k != "null_class"}))
     with pytest.raises(ValueError, match=r"guidance 1.5 needs a null class"):
@@ -474,3 +477,30 @@ def test_processes_and_micro_batches_share_out_the_samples(base: Path) -> None:
         run.accelerator = SimpleNamespace(num_processes=2, process_index=process, device=torch.device("cpu"))    # type: ignore[assignment]
         held += [i for micro in (0, 1) for i in run.draws(0, 0, micro).indices]
     assert sorted(held) == list(range(8))
+
+
+# ---- teachers without conditions
+
+@pytest.fixture(scope="module")
+def unconditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unconditional")
+    tiny_unet(classes=0, num_class_embeds=None).save_pretrained(folder / "teacher")
+    DDPMScheduler().save_config(folder / "teacher")
+    for i in range(6):
+        save_png(to_image(torch.full((1, 8, 8), 40 * i, dtype=torch.uint8)), folder / "pictures" / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("method", ["dmd2", "sid", "consistency"])
+def test_unconditional_teachers_are_distilled(unconditional: Path, tmp_path: Path, method: str) -> None:
+    assert loop.start(tiny_recipe(unconditional, method, guidance=1.0, steps=2), tmp_path / "run").finished
+    student = {k: v for k, v in final_tensors(tmp_path / "run").items() if k.startswith("role/student/")}
+    assert all(bool(torch.isfinite(v).all()) for v in student.values())
+
+
+@pytest.mark.parametrize(("method", "options", "remedy"), [
+    ("tdd", {}, "set method.dropout to 0"), ("pcm", {"method__dropout": 0.1}, "set method.dropout to 0"),
+    ("sid", {"method__fake_guidance": 0.0}, "set method.fake_guidance to 1"), ("pgsb", {}, "take swiftbrush")])
+def test_who_asks_the_null_condition_says_so_before_the_run(unconditional: Path, method: str, options: Any, remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"^{method} asks the null condition, and this teacher has none: .*{remedy}$"):
+        tiny_run(unconditional, method, guidance=1.0, **options)
