@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.models.attention import attention
-from stepdistill.models.experts import Experts
+from stepdistill.models.experts import Experts, boundaries_of, parts_of
 from stepdistill.models.inputs import telling, told_now
 
 _LAYERS: WeakKeyDictionary[nn.Module, list[LoraLayer]] = WeakKeyDictionary()
@@ -46,9 +46,11 @@ class LoraRecipe:
         return float(self.rank if self.alpha is None else self.alpha)
 
 
-def inject(network: nn.Module, name: str, recipe: LoraRecipe, seed: int) -> None:
-    """Put an adapter into a network; it starts as no change. ValueError where `targets` name no layer."""
-    chosen = target_names(network, recipe.targets)
+def inject(network: nn.Module, name: str, recipe: LoraRecipe, seed: int, within: nn.Module | None = None) -> None:
+    """Put an adapter into a network, or into this one of its experts; it starts as no change. ValueError where `targets` name no layer."""
+    part = network if within is None else within
+    place = next(path for path, module in network.named_modules() if module is part)
+    chosen = [f"{place}.{layer}".lstrip(".") for layer in target_names(part, recipe.targets)]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")              # several adapters are what we want
         torch.manual_seed(seed)
@@ -96,6 +98,41 @@ class Adapter(nn.Module):
         super().__init__()
         for path, parameter in adapter_parameters(network, name).items():
             self.register_parameter(path.replace(".", "/"), parameter)
+
+
+class Adapted(nn.Module):
+    """A network under one of its adapters, as an expert among others that share its weights. `base` is what the adapters were put into,
+    where `network` is one of its experts."""
+
+    def __init__(self, base: nn.Module, network: nn.Module, name: str):
+        super().__init__()
+        self.network, self.name, self._base = network, name, (base,)     # in a tuple, or its other experts would be this one's parameters
+
+    @property
+    def base(self) -> nn.Module:
+        return self._base[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with adapted(self.base, self.name):
+            return self.network(*args, **kwargs)
+
+
+def views_of(network: nn.Module) -> list[Adapted]:
+    """The experts of a network that are adapters on another one; none of any other network."""
+    return [part for part in parts_of(network) if isinstance(part, Adapted)]
+
+
+def base_of(network: nn.Module) -> nn.Module:
+    """What it runs on: itself, or what its experts are adapters of."""
+    return views[0].base if (views := views_of(network)) else network
+
+
+def trained_of(network: nn.Module, name: str | None) -> nn.Module | None:
+    """What a role trains in the place of the network's weights: this adapter, or those of its experts; None where it has neither."""
+    if name is not None:
+        return Adapter(network, name)
+    views = views_of(network)
+    return Experts([Adapter(view.network, view.name) for view in views], boundaries_of(network)) if views else None
 
 
 @contextmanager
@@ -176,9 +213,9 @@ def layers_of(weights: Mapping[str, Tensor]) -> set[str]:
 def merged(network: nn.Module, weights: Mapping[str, Tensor], recipe: LoraRecipe) -> nn.Module:
     """Add an adapter's saved weights to the layers they belong to, in float32; the network is changed in place."""
     layers = dict(network.named_modules())
-    for name in layers_of(weights):
-        layer: Any = layers[name]
-        a, b = (weights[f"{name.replace('.', '/')}/{part}"].flatten(1).float() for part in ("lora_A", "lora_B"))
+    for name in {key.rpartition("/")[0] for key in weights}:
+        layer: Any = layers[name.replace("/", ".")]
+        a, b = (weights[f"{name}/{part}"].flatten(1).float() for part in ("lora_A", "lora_B"))
         delta = b @ a * (recipe.scale / recipe.rank)
         layer.weight.data = (layer.weight.data.float() + delta.reshape(layer.weight.shape)).to(layer.weight.dtype)
     return network

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.prediction import Prediction
 from stepdistill.diffusion.process import NoiseProcess, TableVP, at_least_float32
-from stepdistill.models.adapters import adapted
+from stepdistill.models.adapters import Adapted, adapted
 from stepdistill.models.attention import attention
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.experts import Experts, serving
@@ -67,7 +67,7 @@ class Denoiser:
     network, `embedded` fixes it: a student is told the number it was made with, whatever w is asked for. `inputs` name what the network
     was given to be told besides (models.inputs): with "s" each call needs the time that its step goes to, with "w" guidance is told in one
     pass. `wrapped` is the distributed wrapper, used only for the call that carries the trained role's gradient. Where `network` is Experts,
-    each sample is answered by that of its time.
+    each sample is answered by that of its time, a network of its own or an adapter on one that they share.
     """
 
     network: nn.Module
@@ -101,9 +101,16 @@ class Denoiser:
 
     def divided(self, boundaries: Sequence[float]) -> Denoiser:
         """The same with a copy for every stretch of time between these: that of the network which answers at its upper end."""
+        return replace(self.shared(None), network=Experts(list(map(copy.deepcopy, self._serving(boundaries))), boundaries))
+
+    def shared_by(self, adapters: Sequence[str], boundaries: Sequence[float]) -> Denoiser:
+        """Another role on the same network, with an adapter of its own for every stretch of time between these."""
+        views = [Adapted(self.network, part, name) for name, part in zip(adapters, self._serving(boundaries), strict=True)]
+        return replace(self.shared(None), network=Experts(views, boundaries).eval())
+
+    def _serving(self, boundaries: Sequence[float]) -> list[nn.Module]:
         tops = torch.tensor((1.0, *boundaries), dtype=torch.float64)
-        networks = [copy.deepcopy(serving(self.network, top[None])) for top in tops]
-        return replace(self.shared(None), network=Experts(networks, boundaries))
+        return [serving(self.network, top[None]) for top in tops]
 
     def shared(self, adapter: str | None) -> Denoiser:
         """Another role on the same network, with an adapter of its own."""

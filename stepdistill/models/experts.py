@@ -1,5 +1,5 @@
 """Several networks of one class in the place of one, each for its own stretch of time: a student with an expert for every phase of noise,
-or a teacher of two networks (Wan 2.2 14B)."""
+copies of the teacher or adapters on it (adapters.Adapted), or a teacher of two networks (Wan 2.2 14B)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stepdistill.diffusion.draws import key
 from stepdistill.diffusion.sampler import check_inputs
-from stepdistill.models.adapters import Adapter, LoraRecipe, exchanged, inject
+from stepdistill.models.adapters import LoraRecipe, base_of, exchanged, inject, trained_of, views_of
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser, tapped
 from stepdistill.models.discriminator import Discriminator
@@ -59,7 +59,7 @@ class Roles:
                  over_pictures: Mapping[str, nn.Module] | None = None):
         """`heads` pairs each head with the role it reads, None where it reads times alone; `over_pictures` are frozen: features, judges."""
         self._denoisers, self._wrapped = dict(denoisers), dict[str, nn.Module]()
-        self._adapters = {name: Adapter(d.network, d.adapter) for name, d in self._denoisers.items() if d.adapter is not None}
+        self._adapters = {name: own for name, d in self._denoisers.items() if (own := trained_of(d.network, d.adapter)) is not None}
         self._heads = {name: head for name, (_, head) in heads.items()}
         self._over_pictures = dict(over_pictures or {})
         self.heads = {name: of for name, (of, _) in heads.items() if of is not None}
@@ -72,15 +72,13 @@ class Roles:
               lora: Mapping[str, LoraRecipe] | None = None, boundaries: Sequence[float] = (), labels: Sequence[str] = ()) -> Roles:
         """Copies for every role but the teacher, with float32 master weights (float64 if the teacher's are), trained or following.
 
-        A role in `lora` is an adapter on the teacher's own network instead: one base for as many roles as are named there. `boundaries`
-        are those between the experts of a role that has several, `labels` the names of the teacher's classes, for a judge.
+        A role in `lora` is an adapter on the teacher's own network instead, and each expert of a role one of its own: one base for as many
+        roles as are named there. `boundaries` are those between the experts of a role that has several, `labels` the names of the
+        teacher's classes, for a judge.
         """
         lora = lora or {}
         if unknown := sorted(set(lora) - {n for n, r in needs.items() if r.source == "teacher" and n != "teacher"}):
             raise ValueError(f"lora.{unknown[0]}: this method has no such copy of the teacher")
-        if divided := [name for name in lora if needs[name].experts > 1]:
-            raise ValueError(f"lora.{divided[0]}: an adapter is one for all times, and this role is {needs[divided[0]].experts} experts: "
-                             f"leave lora.{divided[0]} out, or train one student with method.experts=false")
         _check_told(needs, teacher, lora)
         if "student" not in needs or not needs["student"].trains:
             raise ValueError("a method must declare a role 'student' that trains")
@@ -99,8 +97,13 @@ class Roles:
                     add_inputs(denoisers[name].network, role.inputs)
                     denoisers[name] = replace(denoisers[name], inputs=role.inputs)
         for name, recipe in lora.items():                                # after the full copies, which must not copy adapters
-            inject(teacher.network, name, recipe, key(seed, "lora", name))
-            denoisers[name] = teacher.shared(name)
+            if (count := needs[name].experts) == 1:
+                denoisers[name] = teacher.shared(name)
+                inject(teacher.network, name, recipe, key(seed, "lora", name))
+                continue
+            denoisers[name] = teacher.shared_by([f"{name}_{i + 1}" for i in range(count)], boundaries)
+            for view in views_of(denoisers[name].network):
+                inject(view.base, view.name, recipe, key(seed, "lora", view.name), view.network)
         denoisers = {name: denoisers[name] for name in needs if name in denoisers}
         weight = next(teacher.network.parameters())
         place = weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -131,6 +134,12 @@ class Roles:
     def denoisers(self) -> Mapping[str, Denoiser]:
         """The roles that are denoisers."""
         return self._denoisers
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What the denoisers run on, each once: roles that are adapters share theirs."""
+        bases = [base_of(denoiser.network) for denoiser in self._denoisers.values()]
+        return list({id(base): base for base in bases}.values())
 
     def module(self, name: str) -> nn.Module:
         """The bare network, adapter or head, without its distributed wrapper."""

@@ -189,7 +189,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
                          "(method.gan_weight=0)")
     if recipe.student.weights:
         begin_as(roles.denoisers["student"], recipe.student.weights, teacher.component)
-    for network in {id(d.network): d.network for d in roles.denoisers.values()}.values():
+    for network in roles.networks:
         if recipe.gradient_checkpointing:
             checkpoint_activations(network)
         if recipe.attention != "auto":

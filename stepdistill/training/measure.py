@@ -64,7 +64,9 @@ def recorded(run: Run) -> Iterator[list[Pass]]:
     hooks = []
 
     def note(network: nn.Module, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = roles[id(network), active(network)]                       # a shared network is the role whose adapter runs
+        name = roles.get((id(network), active(network)))                 # a shared network is the role whose adapter runs
+        if name is None:                                                 # or its expert's, which was noted when that was called
+            return
         sample = _sample(run.roles.denoisers[name])
         x = args[sample] if isinstance(sample, int) else kwargs[sample]
         trains = any(p.requires_grad for p in run.roles.parameters(name)) and name in run.roles.trains

@@ -219,7 +219,7 @@ def count(recipe: Recipe, network: NetworkSpec, gpu: int | None = None, *, card:
         if recipe.weights == "bfloat16":
             for name in roles.trains:
                 roles.module(name).to(torch.bfloat16)
-    networks = {id(denoiser.network): denoiser.network for denoiser in roles.denoisers.values()}.values()
+    networks = roles.networks
     if recipe.gradient_checkpointing:
         for module in networks:
             checkpoint_activations(module)
@@ -289,7 +289,7 @@ def _labelled(roles: Roles, update: Update, live: Live) -> Iterator[None]:
     names |= {(id(roles.module(name)), None): name for name in others}
 
     def begin(module: nn.Module, args: Any) -> None:
-        live.label = names[id(module), active(module)]
+        live.label = names.get((id(module), active(module)), live.label)         # an adapter that is an expert has a name already
 
     def end(module: nn.Module, args: Any, out: Any) -> None:
         live.label = ""

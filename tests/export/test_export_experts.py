@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from export.test_export import distance, noises, ours, run_of, write_teacher
 from foreign import WITHOUT_US
@@ -31,6 +32,7 @@ from stepdistill.export import export, load_student, shares_of
 from stepdistill.models.experts import Experts
 from stepdistill.models.load import load_teacher
 from stepdistill.training import checkpoint
+from stepdistill.training.assemble import assemble
 
 PHASED = {"method": {"name": "phased_dmd", "fake_updates": 1}, "optim": {"student": {"lr": 1e-2}, "fake": {"lr": 1e-2}}, "steps": 4,
           "student": {"steps": 4}}
@@ -149,6 +151,24 @@ def test_a_class_conditional_folder_changes_networks(foreign: Path, classes: Pat
     assert "2 networks, which take turns: the next one answers from 0.5\non down" in card
     notes = json.loads((classes / "stepdistill.json").read_text())
     assert Opened("x", model, spec, is_teacher=False, trained=4).describe()["sha256"] == notes["unet_sha256"]
+
+
+def test_adapters_leave_as_networks(root: Path, classes: Path) -> None:
+    """Two adapters on one teacher are trained, and each is merged into a network of its own."""
+    run, to = run_of(root / "eps", root / "adapters", **{**PHASED, "lora": {"student": {"rank": 2, "alpha": 4}}}), root / "merged"
+    export(run, to)
+    model, _ = load_student(to)
+    assert isinstance(model.denoiser.network, Experts)
+    roles = assemble(recipes.load(run / "recipe.yaml"), Accelerator(cpu=True)).roles
+    held = {k.removeprefix("ema/"): v for k, v in checkpoint.read(checkpoint.listed(run / "checkpoints")[-1])[0].items() if "ema/" in k}
+    roles.module("student").load_state_dict(held)
+    assert all(bool(v.any()) for k, v in held.items() if k.endswith("lora_B"))
+    x, t = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.3], dtype=torch.float64)
+    cond = model.condition(torch.arange(2))
+    with torch.no_grad():
+        theirs, mine = model.denoiser(x, t, cond).raw, roles.student(x, t, cond).raw
+        assert distance(theirs, mine) < 1e-5
+        assert all(a > 1e-3 for a in (theirs - roles.teacher(x, t, cond).raw).abs().mean(dim=(1, 2, 3)))
 
 
 @pytest.mark.parametrize("part", ["unet", "unet_2"])

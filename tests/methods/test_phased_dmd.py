@@ -124,9 +124,10 @@ def test_a_phase_goes_on_after_a_break():
     assert fresh.plan(0)[0].expert == 1
 
 
-def test_a_run_of_experts_is_saved_averaged_and_resumed(tmp_path):
+@pytest.mark.parametrize("lora", [{}, {"lora__student__rank": 2, "lora__fake__rank": 2}], ids=["copies", "adapters"])
+def test_a_run_of_experts_is_saved_averaged_and_resumed(tmp_path, lora):
     """Bit for bit from a checkpoint within phase 2. The average of phase 1's expert stays as it was when its phase ended."""
-    options = {"steps": 6, "checkpoint_every": 1, "keep": 6, "method__phases": 2, "method__fake_updates": 1, "student__steps": 2}
+    options = {"steps": 6, "checkpoint_every": 1, "keep": 6, "method__phases": 2, "method__fake_updates": 1, "student__steps": 2, **lora}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert loop.start(tiny_recipe(tmp_path, "phased_dmd", **options), whole).finished
     saved = [checkpoint.read(path)[0] for path in checkpoint.listed(whole / loop.CHECKPOINTS)]

@@ -11,7 +11,7 @@ from torch import nn
 from toys import Counted, tiny_dit, tiny_unet
 
 from stepdistill.diffusion.process import TableVP
-from stepdistill.models.adapters import LoraRecipe, checkpoint_activations, target_names
+from stepdistill.models.adapters import LoraRecipe, adapted, checkpoint_activations, merged, target_names
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.denoiser import Denoiser, default_taps
 from stepdistill.models.experts import Experts, parts_of, serving
@@ -186,16 +186,99 @@ def test_a_divided_teacher_of_two_networks():
         assert expert is not base.experts[origin]
 
 
-def test_an_adapter_is_no_expert():
-    with pytest.raises(ValueError, match=r"lora\.student: .* 3 experts: leave lora\.student out, or train one student"):
-        build(lora={"student": LoraRecipe(2)})
+LORA = {"student": LoraRecipe(2), "fake": LoraRecipe(3)}
+
+
+def moved(m: Roles, name: str, seed: int = 0) -> None:
+    """Every adapter of a role far from no change."""
+    with torch.no_grad():
+        for i, p in enumerate(m.parameters(name)):
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * seed + i)))
+
+
+def test_adapters_as_experts_share_the_weights_of_the_teacher():
+    """Each begins as no change and answers for its own stretch alone; teacher and fake score, on the same weights, never hear of it."""
+    m, (x, t, cond) = build(lora=LORA), problem()
+    assert m.networks == [m.teacher.network]
+    assert {view.network for view in m.student.network.experts} == {m.teacher.network}
+    plain, high = m.teacher(x, t, cond).raw, t > BOUNDARIES[0]
+    assert torch.equal(m.student(x[high], t[high], cond.slice(high.nonzero()[:, 0])).raw, plain[high])
+    moved(m, "student")
+    assert torch.equal(m.teacher(x, t, cond).raw, plain)
+    assert torch.equal(m.fake(x, t, cond).raw, plain)
+    got = m.student(x, t, cond, w=2.5).raw
+    for i, expert in enumerate((2, 0, 1, 1, 1, 0)):
+        row = slice(i, i + 1)
+        alone = m.teacher.shared(f"student_{expert + 1}")(x[row], t[row], cond.slice(row), w=2.5).raw
+        torch.testing.assert_close(got[row], alone, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(got[row], plain[row])
+    one = build(lora=LORA, needs={**NEEDS, "student": Role(trains=True)})
+    assert len(m.parameters("student")) == 3 * len(one.parameters("student"))
+    assert not m.teacher.network.training
+
+
+def test_only_the_adapter_of_the_named_expert_gets_a_gradient():
+    m, (x, t, cond) = build(lora=LORA), problem()
+    moved(m, "student")
+    m.train_only(("student",), 1)
+    m.student(x, t, cond).x0.square().mean().backward()
+    assert [any(p.grad is not None for p in part.parameters()) for part in m.module("student").experts] == [False, True, False]
+    assert all(p.grad is None for name in ("teacher", "fake") for p in m.parameters(name))
+
+
+def test_adapters_as_experts_of_a_teacher_of_two():
+    """Each goes to the network that answers at its upper end, and to that alone; the other roles see both."""
+    base = Experts([tiny_unet(seed=1), tiny_unet(seed=2)], (0.6,))
+    m, (x, t, cond) = build(base, lora=LORA), problem()
+    assert [view.network for view in m.student.network.experts] == [base.experts[0], base.experts[0], base.experts[1]]
+    plain = m.teacher(x, t, cond).raw
+    moved(m, "student")
+    moved(m, "fake")
+    assert torch.equal(m.teacher(x, t, cond).raw, plain)
+    got, fake = m.student(x, t, cond).raw, m.fake(x, t, cond).raw
+    for i, (expert, part) in enumerate(zip((2, 0, 1, 1, 1, 0), (1, 0, 0, 0, 0, 0), strict=True)):
+        row = slice(i, i + 1)
+        with adapted(base, f"student_{expert + 1}"):
+            alone = Denoiser(base.experts[part], TABLE, "eps")(x[row], t[row], cond.slice(row)).raw
+        torch.testing.assert_close(got[row], alone, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(got[row], fake[row])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_of_adapters_as_experts(checkpointed):
+    """Those of the merged networks: an expert's update lies in W + B·A, recomputed or not."""
+    base = without_dropout(tiny_dit(seed=0))
+    x, t = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0)), f64([0.9, 0.2, 0.6, 0.4])
+    cond = Conditioning({"class_labels": torch.arange(4)})
+    teacher = Denoiser(base, TABLE, "eps", channels=2, taps=default_taps(base))
+    whole = teacher.divided((0.5,))
+    needs = {"teacher": Role(), "student": Role(trains=True, experts=2)}
+    m = Roles.build(needs, teacher, lambda: (x, t, cond), 0, {"student": LoraRecipe(2)}, (0.5,))
+    moved(m, "student")
+    for expert, share in zip(whole.network.experts, m.module("student").experts, strict=True):
+        merged(expert, share.state_dict(), LoraRecipe(2))
+    if checkpointed:
+        for network in m.networks:
+            checkpoint_activations(network)
+    m.train_only(("student",))
+    m.student(x, t, cond).x0.square().mean().backward()
+    whole(x, t, cond).x0.square().mean().backward()
+    layer = "transformer_blocks.0.attn1.to_q"
+    for i, expert in enumerate(whole.network.experts):
+        name = layer.replace(".", "/")
+        a, b = (dict(m.module("student").experts[i].named_parameters())[f"{name}/lora_{part}"] for part in "AB")
+        full = expert.get_submodule(layer).weight.grad
+        assert full.abs().max() > 1e-6
+        torch.testing.assert_close(b.grad, full @ a.T, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(a.grad, b.T @ full, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("expert", [None, 1])
-def test_only_the_named_expert_trains(expert):
-    m = build()
+@pytest.mark.parametrize("lora", [None, {"student": LoraRecipe(2)}], ids=["copies", "adapters"])
+def test_only_the_named_expert_trains(expert, lora):
+    m = build(lora=lora)
     m.train_only(("student",), expert)
-    for i, part in enumerate(m.student.network.experts):
+    for i, part in enumerate(m.module("student").experts):
         assert {p.requires_grad for p in part.parameters()} == {expert in (None, i)}
     m.train_only(("fake",), expert)
     assert not any(p.requires_grad for p in m.parameters("student"))
@@ -215,8 +298,9 @@ def test_restart(lora):
         assert all(bool(p.any()) == path.endswith("lora_A") for path, p in m.module("fake").named_parameters())   # it can learn again
 
 
-def test_an_average_keeps_what_its_frozen_experts_were():
-    m = build()
+@pytest.mark.parametrize("lora", [None, {"student": LoraRecipe(2)}], ids=["copies", "adapters"])
+def test_an_average_keeps_what_its_frozen_experts_were(lora):
+    m = build(lora=lora)
     module = m.module("student")
     ema = Ema(module, 0.9)
     m.train_only(("student",), 1)
@@ -240,9 +324,11 @@ def test_the_age_of_a_role_is_counted_from_its_last_restart():
     assert ages == [1, 2, 1, 2, 3]
 
 
-def test_one_expert_at_a_time_is_counted(tmp_path):
+@pytest.mark.parametrize("lora", [{}, {"lora__student__rank": 4}, {"lora__student__rank": 4, "lora__fake__rank": 2}],
+                         ids=["copies", "adapters", "all adapters"])
+def test_one_expert_at_a_time_is_counted(tmp_path, lora):
     """Gradients and moments of one, weights of all; and the peak is what a real round holds."""
-    recipe = tiny_recipe(tmp_path, "phased_dmd", method__phases=2, student__steps=2, method__fake_updates=1)
+    recipe = tiny_recipe(tmp_path, "phased_dmd", method__phases=2, student__steps=2, method__fake_updates=1, **lora)
     found = plan.plan(recipe, card=False)
     student = found.roles["student"]
     assert student.weights == 2 * student.gradients == student.optimizer

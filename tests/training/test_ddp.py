@@ -30,6 +30,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "dmd2-accumulated": ("dmd2", {**FIVE, "accumulate": 2}),
     "dmd2-adapters": ("dmd2", {**FIVE, "lora__student__rank": 2, "lora__fake__rank": 2, "gradient_checkpointing": True}),
     "phased_dmd": ("phased_dmd", {**FIVE, "method__phases": 2, "student__steps": 2}),
+    "phased_dmd-adapters": ("phased_dmd", {**FIVE, "method__phases": 2, "student__steps": 2, "lora__student__rank": 2,
+                                           "gradient_checkpointing": True}),
     "dmd2-teacher-of-two": ("dmd2", {**FIVE, "method__gan_weight": 0, "teacher__path": "two"}),
     "add": ("add", {k: v for k, v in FIVE.items() if k != "method__fake_updates"}),                 # differentiates its head twice
     "consistency": ("consistency", {k: v for k, v in FIVE.items() if k != "method__fake_updates"}),

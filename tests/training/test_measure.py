@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import final_tensors, tiny_recipe, tiny_run
 
+from stepdistill.models.adapters import active
 from stepdistill.training import loop, measure
 
 B = 4
@@ -90,6 +91,26 @@ def test_a_replayed_pass_leaves_nothing_behind(base: Path) -> None:
         assert all(p.grad is None for p in run.roles.parameters(name))
     for hook in hooks:
         hook.remove()
+
+
+def test_passes_of_adapters_as_experts(base: Path) -> None:
+    """They run on the teacher's network and are the student's all the same, once each; replayed, each under its own adapter."""
+    run = tiny_run(base, "phased_dmd", method__phases=2, student__steps=2, method__fake_updates=1, lora__student__rank=2)
+    run.method.restore({"phase": 1})
+    with torch.no_grad():
+        for p in run.roles.parameters("student"):
+            p.add_(0.3)
+    with measure.recorded(run) as passes:
+        measure.iterate(run, 0, 1)
+    assert [(p.role, p.gradient) for p in passes] == [("student", "none"), ("student", "weights"), ("teacher", "none"), ("fake", "none"),
+                                                      ("student", "none"), ("student", "none"), ("fake", "weights")]
+    ran: list[str | None] = []
+    hook = run.roles.teacher.network.register_forward_hook(lambda network, args, out: ran.append(active(network)))
+    for one in passes:
+        measure.replay(run, one)
+    hook.remove()
+    assert ran == ["student_1", "student_2", None, "student_1", "student_2"]
+    assert all(p.grad is None for name in run.roles.names for p in run.roles.parameters(name))
 
 
 @pytest.mark.parametrize("kind", ["weights", "input", "none"])
