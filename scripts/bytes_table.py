@@ -61,9 +61,9 @@ fused attention and the float32 of its autocast, is counted by rule and was not 
 SHIPPED = """
 ## The shipped recipes, counted
 
-As they stand: adapters on one base, text encoders on the card, prompts as long as the pipeline takes them. The card is the first of
-{cards} GiB that the recipe fits on. Each row is `stepdistill plan --config RECIPE --network NETWORK`; with `--gpu 24GB` that command says
-what would make it fit on a smaller one.
+As they stand: adapters on one base (but for the student of SwiftBrush and the fake score of Phased DMD), text encoders on the card, prompts
+as long as the pipeline takes them. The card is the first of {cards} GiB that the recipe fits on. Each row is
+`stepdistill plan --config RECIPE --network NETWORK`; with `--gpu 24GB` that command says what would make it fit on a smaller one.
 
 """
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -56,6 +55,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.drive import Driven
 from stepdistill.models.experts import parts_of
 from stepdistill.models.load import NOTES, Teacher, Vae, is_prompted, load_pipeline, load_teacher, read_json
+from stepdistill.models.prompted import check_room
 from stepdistill.models.recorded import SCALES
 from stepdistill.models.recording import usual_inputs
 from stepdistill.models.wiring import Static, Wiring
@@ -70,7 +70,6 @@ OTHER_RECIPE = "recipe_merged.yaml"                                             
 WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
 OWN_SCHEDULER, STOCK_SCHEDULER = "few_step_scheduler", "stock_scheduler"
 SHARED_NOTES = {"sampler", "method", "teacher", "step", "ema"}
-MOST = 4                                                                         # networks in the pipeline of a class-conditional student
 
 
 @dataclass(frozen=True)
@@ -235,13 +234,10 @@ def _with_weights(network: torch.nn.Module, weights: Mapping[str, Tensor], adapt
 
 def _seconds(pipeline: Any, component: str, count: int) -> list[str]:
     """The name of the second of two networks, made where the pipeline has one only; ValueError where it has no place for so many."""
+    check_room(pipeline, component, count)
     if count == 1:
         return []
     second = f"{component}_2"
-    if count > 2 or not {second, "boundary_ratio"} <= inspect.signature(type(pipeline).__init__).parameters.keys():
-        raise ValueError(f"a student of {count} networks cannot be exported as a {type(pipeline).__name__}: pipelines with a place for "
-                         "several have two and a boundary_ratio (Wan). Train two phases of such a pipeline, or one student with "
-                         "method.experts=false")
     if getattr(pipeline, second) is None:
         pipeline.register_modules(**{second: copy.deepcopy(getattr(pipeline, component))})
     return [second]
@@ -414,9 +410,7 @@ def _filled(teacher: Teacher, student: Student) -> torch.nn.Module:
     network, spec, run = teacher.denoiser.network, student.spec, student.run
     if spec.inputs:
         told.add_inputs(network, spec.inputs)
-    if len(spec.boundaries) >= MOST:
-        raise ValueError(f"the student of {run} is {len(spec.boundaries) + 1} networks, and its pipeline holds {MOST}: train one "
-                         "with fewer method.phases, or with method.experts=false")
+    teacher.check_room(len(spec.boundaries) + 1)
     if spec.boundaries:
         network = teacher.denoiser.divided(spec.boundaries).network
     try:

@@ -14,7 +14,7 @@ is plain denoising. The student follows the ODE, so it is sampled with renoise 0
 `experts: false` trains one student for all phases, at the memory and the size of one: phases take turns, so that it forgets none, and each
 keeps a fake score of its own, `fake_1` to `fake_P`.
 
-Experts are full copies, or with `lora.student` adapters on the one frozen teacher, as in the paper (rank 64, alpha 8; its fake score a copy).
+Experts are full copies, or with `lora.student` adapters on the one frozen teacher, as in the paper (rank 64, alpha 8).
 
 Differs from the paper: the student's t is uniform on the inner
 96 % of its range, the fake score's on all but the lowest 2 %. The weight is ours, they clamp. The normaliser stands in the place of

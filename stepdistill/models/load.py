@@ -91,6 +91,9 @@ class Vae:
         return {"vae": True}
 
 
+ROOM = 4                                                # networks in the pipeline of a class-conditional student
+
+
 @dataclass(frozen=True)
 class Teacher:
     """A diffusion model ready to be distilled, and what an export must carry over from it."""
@@ -123,6 +126,12 @@ class Teacher:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.denoiser.network.parameters()).device
+
+    def check_room(self, count: int) -> None:
+        """ValueError where the pipeline that a student leaves in has no place for so many networks."""
+        if count > ROOM:
+            raise ValueError(f"the student is {count} networks, and its pipeline holds {ROOM}: train one with fewer method.phases, or with "
+                             "method.experts=false")
 
     def condition(self, labels: Tensor) -> Conditioning:
         """Labels (B,) int64 to a condition; the null class travels with it where the teacher was trained with one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -131,6 +132,9 @@ class PromptTeacher(Teacher):
             return {}
         return {recording.keyword: self.denoiser.guidance if recording.offset is None else 1.0 - recording.offset}
 
+    def check_room(self, count: int) -> None:
+        check_room(self.recording.driven.pipeline, self.component, count)
+
     def latents(self, pictures: Tensor) -> Tensor | None:
         """As of any model; None where the pipeline's tail is no law of its latents, too."""
         try:
@@ -154,6 +158,15 @@ class PromptTeacher(Teacher):
         """The same teacher, its denoiser for the states of the others, too. Raises ValueError as `for_sizes` does."""
         every = (self, *others)
         return replace(self, denoiser=for_sizes([t.denoiser for t in every], [t.shape for t in every]))
+
+
+def check_room(pipeline: Any, component: str, count: int) -> None:
+    """ValueError where a pipeline of this class has no place for so many networks of one kind: one, or two and the time between them."""
+    two = {f"{component}_2", "boundary_ratio"} <= inspect.signature(type(pipeline).__init__).parameters.keys()
+    if count > 1 + two:
+        raise ValueError(f"a student of {count} networks cannot be exported as a {type(pipeline).__name__}: pipelines with a place for "
+                         "several have two and a boundary_ratio (Wan). Train two phases of such a pipeline, or one student with "
+                         "method.experts=false")
 
 
 def open_pipeline(folder: Path, call: Mapping[str, Any], *, device: torch.device | str, dtype: torch.dtype,

@@ -178,11 +178,13 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> Run:
     torch.manual_seed(recipe.seed)
     decode = None if isinstance(teacher, PromptTeacher) else teacher.codec.decode               # a pipeline's own tail passes no gradient
     method = cls(config, Setup(teacher.denoiser.process, teacher.shape, recipe.student.sampler, decode, recipe.guidance))
-    method.sampler()                                                            # a wrong grid speaks up before anything is built
+    spec = method.sampler()                                                     # a wrong grid speaks up before anything is built
+    if spec.boundaries:
+        teacher.check_room(len(spec.boundaries) + 1)
     if (remedy := method.without_null()) and teacher.example()[2].nulls is None:
         raise ValueError(f"{recipe.method['name']} asks the null condition, and this teacher has none: {remedy}")
     needs, streams = cls.needs(config), cls.data(config)
-    roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed, recipe.lora, method.sampler().boundaries, teacher.labels)
+    roles = Roles.build(needs, teacher.denoiser, teacher.example, recipe.seed, recipe.lora, spec.boundaries, teacher.labels)
     heads = (head for name in roles.heads for head in roles.module(name).modules())
     if len(parts) > 1 and any(isinstance(head, MapHead) for head in heads):
         raise ValueError("data.buckets: the discriminator of a U-Net reads maps of one size; leave the buckets out, or train without it "

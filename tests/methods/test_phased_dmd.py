@@ -143,6 +143,14 @@ def test_a_run_of_experts_is_saved_averaged_and_resumed(tmp_path, lora):
     assert unequal(final_tensors(broken), saved[5]) == []
 
 
+@pytest.mark.parametrize("lora", [{}, {"lora__student__rank": 2}], ids=["copies", "adapters"])
+def test_more_experts_than_can_be_exported_are_refused_before_they_are_trained(tmp_path, lora):
+    recipe = tiny_recipe(tmp_path, "phased_dmd", method__phases=5, student__steps=5, **lora)
+    with pytest.raises(ValueError, match="5 networks, and its pipeline holds 4"):
+        loop.start(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_plan():
     """Phases take turns; each moves its own fake score every turn and the student every k-th."""
     method = phased(fake_updates=3)
