@@ -238,7 +238,8 @@ def captioned(world):
 
 
 CHEAP = {"progressive": {"start": 8}, "dp_dmd": {"teacher_steps": 4, "anchor_steps": 1}, "imagine_flash": {"teacher_steps": 2},
-         "ctm": {"points": 6, "solver_steps": 1}, "swiftbrush_v2": {"align_weight": 0.0}, "dmd2": {"fake_updates": 2}}
+         "ctm": {"points": 6, "solver_steps": 1}, "swiftbrush_v2": {"align_weight": 0.0}, "dmd2": {"fake_updates": 2},
+         "phased_dmd": {"experts": False}}
 
 
 @pytest.fixture(scope="module", params=["sd15", "sd3"])
@@ -248,6 +249,12 @@ def teacher(request, world):
         return tree(world)["teacher"]
     images.EXHIBITS["sd3"].build().save_pretrained(world / "sd3")
     return {"path": str(world / "sd3"), "call": {"height": 16, "width": 16, "max_sequence_length": 24}}
+
+
+def test_experts_without_a_place_in_the_pipeline_are_refused_before_they_are_trained(world):
+    chosen = recipes.parse(tree(world, method={"name": "phased_dmd"}))
+    with pytest.raises(ValueError, match="2 networks cannot be exported as a StableDiffusionPipeline"):
+        assemble(chosen, loop.make_accelerator(chosen, None))
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.finishes and name != "add"])
