@@ -141,6 +141,12 @@ class Roles:
         bases = [base_of(denoiser.network) for denoiser in self._denoisers.values()]
         return list({id(base): base for base in bases}.values())
 
+    @property
+    def callers(self) -> dict[tuple[int, str | None], str]:
+        """Whose call it is when a network runs, by the network's id and the adapter that is on."""
+        own = {(id(d.network), d.adapter): name for name, d in self._denoisers.items()}
+        return own | {(id(view.base), view.name): name for name, d in self._denoisers.items() for view in views_of(d.network)}
+
     def module(self, name: str) -> nn.Module:
         """The bare network, adapter or head, without its distributed wrapper."""
         if name in self._adapters:

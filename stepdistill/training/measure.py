@@ -32,7 +32,9 @@ class Pass:
     gradient: Literal["none", "weights", "input"]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    network: nn.Module                                                   # the role's, or that of its experts which was called
+    base: nn.Module                                                      # what the role runs on,
+    network: nn.Module                                                   # or that of its experts which was called,
+    adapter: str | None                                                  # and the adapter that was on
     sample: int | str = 0                                                # which of them is the state: a tensor, or a list of them
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,19 +66,18 @@ def recorded(run: Run) -> Iterator[list[Pass]]:
     hooks = []
 
     def note(network: nn.Module, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = roles.get((id(network), active(network)))                 # a shared network is the role whose adapter runs
-        if name is None:                                                 # or its expert's, which was noted when that was called
-            return
+        name = callers[id(network), active(network)]                     # a shared network is the role whose adapter runs
         sample = _sample(run.roles.denoisers[name])
         x = args[sample] if isinstance(sample, int) else kwargs[sample]
         trains = any(p.requires_grad for p in run.roles.parameters(name)) and name in run.roles.trains
         gradient: Literal["none", "weights", "input"] = "none"
         if torch.is_grad_enabled() and (trains or any(v.requires_grad for v in _each(x))):
             gradient = "weights" if trains else "input"
-        passes.append(Pass(name, len(x), gradient, tuple(map(_kept, args)), {k: _kept(v) for k, v in kwargs.items()}, part, sample))
+        passes.append(Pass(name, len(x), gradient, tuple(map(_kept, args)), {k: _kept(v) for k, v in kwargs.items()}, network, part, active(network),
+                           sample))
 
-    roles = {(id(d.network), d.adapter): name for name, d in run.roles.denoisers.items()}
-    for network in {id(d.network): d.network for d in run.roles.denoisers.values()}.values():
+    callers = run.roles.callers
+    for network in run.roles.networks:
         hooks += [part.register_forward_pre_hook(partial(note, network), with_kwargs=True) for part in parts_of(network)]
     try:
         yield passes
@@ -118,7 +119,7 @@ def replay(run: Run, one: Pass) -> None:
     x = fresh[0]
     autocast = torch.autocast(x.device.type, denoiser.autocast or torch.bfloat16, enabled=denoiser.autocast is not None)
     with torch.set_grad_enabled(one.gradient != "none"), tapped(module, denoiser.taps if head else ()) as features:
-        with attention(x.device), autocast, adapted(denoiser.network, denoiser.adapter):
+        with attention(x.device), autocast, adapted(one.base, one.adapter):
             first = primary(module(*args, **kwargs))
         out = torch.stack(list(first)) if isinstance(first, list | tuple) else first
         if one.gradient != "none":

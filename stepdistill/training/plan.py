@@ -284,12 +284,11 @@ def _rehearsed(recipe: Recipe, network: NetworkSpec, method: Method[Any], roles:
 @contextmanager
 def _labelled(roles: Roles, update: Update, live: Live) -> Iterator[None]:
     """What is made in a role's call is that role's; what becomes a gradient moves to the gradients."""
-    names = {(id(denoiser.network), denoiser.adapter): name for name, denoiser in roles.denoisers.items()}
     others = [name for name in roles.names if name not in roles.denoisers]
-    names |= {(id(roles.module(name)), None): name for name in others}
+    names = roles.callers | {(id(roles.module(name)), None): name for name in others}
 
     def begin(module: nn.Module, args: Any) -> None:
-        live.label = names.get((id(module), active(module)), live.label)         # an adapter that is an expert has a name already
+        live.label = names[id(module), active(module)]
 
     def end(module: nn.Module, args: Any, out: Any) -> None:
         live.label = ""
