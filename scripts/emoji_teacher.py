@@ -67,7 +67,7 @@ def unet() -> UNet2DConditionModel:
 
 def transformer() -> AuraFlowTransformer2DModel:
     """Patches of 2x2: 64 tokens."""
-    return AuraFlowTransformer2DModel(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=2,
+    return AuraFlowTransformer2DModel(sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1,
                                       num_single_dit_layers=6, attention_head_dim=64, num_attention_heads=3, joint_attention_dim=text.WIDTH,
                                       caption_projection_dim=192, pos_embed_max_size=64)
 

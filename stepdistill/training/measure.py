@@ -73,8 +73,8 @@ def recorded(run: Run) -> Iterator[list[Pass]]:
         gradient: Literal["none", "weights", "input"] = "none"
         if torch.is_grad_enabled() and (trains or any(v.requires_grad for v in _each(x))):
             gradient = "weights" if trains else "input"
-        passes.append(Pass(name, len(x), gradient, tuple(map(_kept, args)), {k: _kept(v) for k, v in kwargs.items()}, network, part, active(network),
-                           sample))
+        kept = tuple(map(_kept, args)), {k: _kept(v) for k, v in kwargs.items()}
+        passes.append(Pass(name, len(x), gradient, *kept, network, part, active(network), sample))
 
     callers = run.roles.callers
     for network in run.roles.networks:
