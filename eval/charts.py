@@ -291,8 +291,8 @@ def plot_samples(pictures: Sequence[tuple[str, Tensor]], groups: Sequence[tuple[
         axes.imshow(strip.numpy(), interpolation="nearest", aspect="auto")
         axes.set_axis_off()
         name, _, rest = label.partition(", ")
-        axes.text(-0.012, 0.5, f"{shortened(name, LONG)}\n{rest}", transform=axes.transAxes, ha="right", va="center", fontsize=9.5,
-                  color=INK)
+        lines = [shortened(name, LONG), *textwrap.wrap(rest, LONG + 2)]
+        axes.text(-0.012, 0.5, "\n".join(lines), transform=axes.transAxes, ha="right", va="center", fontsize=9.5, color=INK)
         for head, span in zip(heads, spans, strict=True) if number == 0 else ():
             axes.text((span[0] + span[-1] + wide) / 2, -0.05 / scale, head, ha="center", va="bottom", fontsize=9, color=INK)
     return figure

@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,8 @@ from stepdistill.models.wiring import Unrecordable
 
 GUIDER = "guider.guidance_scale"                                          # where guidance lives in an object and not in the call
 GUIDANCE_KEYWORDS = ("true_cfg_scale", "guidance_scale", "decoder_guidance_scale")
+
+_driven: ContextVar[bool] = ContextVar("driven", default=False)
 
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -183,9 +186,18 @@ def _call(pipeline: Any, inputs: Mapping[str, Any], steps: int, seed: int, grad:
     if "generator" in takes and "generator" not in given:
         given["generator"] = torch.Generator().manual_seed(seed)
     call = type(pipeline).__call__
-    with nullcontext() if grad else torch.no_grad(), suppress(_Done):
-        return (inspect.unwrap(call) if grad else call)(pipeline, **given)
+    before = _driven.set(True)
+    try:
+        with nullcontext() if grad else torch.no_grad(), suppress(_Done):
+            return (inspect.unwrap(call) if grad else call)(pipeline, **given)
+    finally:
+        _driven.reset(before)
     return None
+
+
+def driven() -> bool:
+    """Whether a pipeline is run here now: what its networks are asked meanwhile is its doing, and often answered without them."""
+    return _driven.get()
 
 
 def finish(pipeline: Any, inputs: Mapping[str, Any], x0: Tensor, scheduler: Any, answers: Answers) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stepdistill.models.adapters import active, adapted
 from stepdistill.models.attention import attention
 from stepdistill.models.denoiser import Denoiser, tapped
+from stepdistill.models.drive import driven
 from stepdistill.models.experts import parts_of
 from stepdistill.models.quantize import held
 from stepdistill.models.sizes import SizedWiring
@@ -61,11 +62,13 @@ def iterate(run: Run, first: int, steps: int) -> None:
 
 @contextmanager
 def recorded(run: Run) -> Iterator[list[Pass]]:
-    """Every network call made inside, with its inputs."""
+    """Every network call made inside, with its inputs. What a pipeline asks while it encodes or decodes is none of a method's."""
     passes: list[Pass] = []
     hooks = []
 
     def note(network: nn.Module, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if driven():
+            return
         name = callers[id(network), active(network)]                     # a shared network is the role whose adapter runs
         sample = _sample(run.roles.denoisers[name])
         x = args[sample] if isinstance(sample, int) else kwargs[sample]

@@ -26,7 +26,7 @@ from stepdistill.diffusion.sampler import sample
 from stepdistill.export import export, load_student
 from stepdistill.models.load import load_pipeline, load_teacher
 from stepdistill.models.recording import record, usual_inputs
-from stepdistill.training import loop
+from stepdistill.training import loop, measure
 from stepdistill.training.assemble import assemble, texts_of
 from stepdistill.worlds.emoji import text
 
@@ -199,6 +199,17 @@ def test_two_steps_of_every_recipe(name: str, tmp_path: Path, root: Path) -> Non
 def test_every_recipe_has_its_twin() -> None:
     methods = {"dmd2", "dmd2_gan", "lcm", "lcm_lora", "swiftbrush", "imagine_flash", "tdd"}
     assert {name.removeprefix("emoji/") for name in RECIPES} == methods | {f"{method}_dit" for method in methods} | {"quickstart"}
+
+
+@pytest.mark.parametrize("name", ["emoji/dmd2_gan", "emoji/dmd2_gan_dit"])
+def test_what_a_pipeline_asks_its_network_is_no_pass_of_a_method(name: str, root: Path) -> None:
+    """Pictures are encoded and decoded through the pipeline when they are first read; one pipeline gives its network the state by place."""
+    chosen = small(name, "student.steps=1", "student.times=[0.4]")
+    run = assemble(chosen, loop.make_accelerator(chosen, None))
+    with measure.recorded(run) as passes:
+        measure.iterate(run, 0, 1)
+    assert [(one.role, one.rows, one.gradient) for one in passes] == [
+        ("student", 2, "weights"), ("teacher", 4, "none"), ("fake", 2, "input"), ("fake", 4, "weights")]
 
 
 def test_a_cache_replaces_the_encoder_and_knows_its_own(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
