@@ -235,6 +235,7 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], logarithmic: 
     drawn = [value for points in curves.values() for _, value in points]
     if logarithmic and min(drawn) > 0 and max(drawn) > WIDE * min(drawn):
         axes.set_yscale("log")
+    # colours and dashes begin again, without end
     for (name, points), colour, dashes in zip(curves.items(), cycle(COLOURS), cycle(DASHES), strict=False):
         steps, values = [step for step, _ in points], [value for _, value in points]
         window = len(values) // 40
@@ -260,7 +261,7 @@ def _short(names: Sequence[str]) -> dict[str, str]:
     if len({name.partition("/")[0] for name in names}) > 1:
         return {name: name.partition("/")[0] for name in names}
     words = [name.partition("/")[2].split("_") for name in names]
-    # up to the end of the shortest
+    # names have words in different numbers: up to the end of the shortest
     alike = next((i for i, each in enumerate(zip(*words, strict=False)) if len(set(each)) > 1), min(map(len, words)))
     return {name: "_".join(each[min(alike, len(each) - 1):]) for name, each in zip(names, words, strict=True)}
 
