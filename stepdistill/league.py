@@ -132,17 +132,23 @@ def play(world: str, out: Path, to: Path, names: Sequence[str] = (), budget: int
     if held.is_file() and (before := json.loads(held.read_text())) != terms:
         raise ValueError(f"{to} is a league of other terms ({before}): choose another --to")
     _write(held, json.dumps(terms) + "\n")
-    for teacher in dict.fromkeys(recipes.load(f"{world}/{name}").teacher.path for name in names):
-        for solver, calls in BASELINES:
+    teachers = dict.fromkeys(recipes.load(f"{world}/{name}").teacher.path for name in names)
+    wanted = [(t, solver, calls) for t in teachers for solver, calls in BASELINES]
+
+    def baselines(of: Sequence[tuple[str, str, int]]) -> None:
+        for teacher, solver, calls in of:
             if not (to / _baseline(teacher, solver, calls)).is_file():
                 say(f"{teacher}, {solver}, {calls} steps")
                 _score(f"teacher:{teacher}", exam, count, out, to, _baseline(teacher, solver, calls), calls, solver)
+
+    baselines([b for b in wanted if b[2] <= max(CALLS)])
     for name in names:
         if not (to / name / "row.json").is_file():
             say(name)
             row = _row(world, name, out, to, budget, count)
             _write(to / name / "row.json", json.dumps(row, indent=1) + "\n")
             publish(to)
+    baselines(wanted)                                                           # the long ones, which no row waits for
     return publish(to)
 
 
