@@ -112,6 +112,22 @@ def test_nothing_is_done_twice_wherever_the_runs_have_gone(played: Path, tmp_pat
         league.play("fashion", tmp_path, played / "kept.v1", ["nothing"], 700, 50)
 
 
+def test_rows_wait_for_what_they_are_compared_with_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    done: list[str] = []
+    monkeypatch.setattr(league, "BASELINES", [("ddim", 50), ("ddim", 4)])
+    monkeypatch.setattr(league, "publish", lambda to: {})
+    monkeypatch.setattr(league, "_row", lambda world, name, *rest: {"name": name})
+
+    def score(model, exam, count, out, to, file, calls, solver):
+        assert not (to / file).exists()
+        (to / file).parent.mkdir(parents=True, exist_ok=True)
+        (to / file).touch()
+
+    monkeypatch.setattr(league, "_score", score)
+    league.play("fashion", tmp_path / "runs", tmp_path / "kept", ["dmd2"], 700, 50, say=done.append)
+    assert done == ["fashion, ddim, 4 steps", "dmd2", "fashion, ddim, 50 steps"]
+
+
 def test_the_command_names_the_page_it_wrote(played: Path, capfd: pytest.CaptureFixture[str]):
     kept = played / "kept.v1"
     assert run(["league", "consistency", "dmd2", "--out", str(played / "runs"), "--to", str(kept), "--budget", "700", "--count", "50"]) == 0
