@@ -118,7 +118,7 @@ def test_gradient_is_the_weighted_score_difference():
 
 
 def covered(divergence: str, latest: float, steps: int = 300) -> float:
-    """std of a Gaussian student that began on one of two modes N(±1, .3²), after `steps` at times up to `latest`; its scores and ratio exact."""
+    """std of a Gaussian student begun on one of two modes N(±1, .3²), after `steps` at times up to `latest`; its scores and ratio exact."""
     teacher = MixtureTeacher(Flow(), "flow", f64([0.5, 0.5]), f64([1.0, -1.0]), f64([0.3, 0.3]))
     method = f_distill(Flow(), (1,), divergence=divergence, gan_weight=0.0, times=Uniform(0.02, latest))
     student = AffineStudent(Flow(), 1.0, 0.3)
@@ -146,8 +146,8 @@ def covered(divergence: str, latest: float, steps: int = 300) -> float:
 
 def test_some_divergences_cover_modes_and_some_seek_them():
     """
-    A mode has std .3, both together 1.04. The more noise, the sooner the modes run together and every divergence covers both; so each is asked
-    at times where eight seeds agree. Up to .45: softened reverse KL .34 to .38, reverse KL .35 to .38, forward KL 1.20 to 1.31
+    A mode has std .3, both together 1.04. Noise makes the modes run together until every divergence covers both; so each is asked at
+    times where eight seeds agree. Up to .45: softened reverse KL .34 to .38, reverse KL .35 to .38, forward KL 1.20 to 1.31
     (Jensen-Shannon .50 to 1.27). Up to .5: Jensen-Shannon 1.11 to 1.29 (reverse KL .41 to .99).
     """
     for name in ("softened_reverse_kl", "reverse_kl"):
